@@ -1,0 +1,269 @@
+"""`clipkit pretrain`: train a CLIP on image-text shards. The whole story, from settings to the final table."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clipkit.config import PretrainConfig, identity
+from clipkit.config.launch import launch
+
+# Settings groups that follow from a setting: other data or another model than the embedded default.
+IMPLIED = {
+    "data.train": {"data": "shards", "model": "open_clip", "train": "shards", "evaluation": "shards"},
+    "model.name": {"model": "open_clip"},
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    launch("pretrain", PretrainConfig, pretrain, arguments, IMPLIED)
+
+
+class Training(NamedTuple):
+    """Everything that the loop works with."""
+
+    config: PretrainConfig
+    process: Any  # training.distributed.Process
+    model: Any  # model.image_text.ImageTextModel
+    parallel: Any  # the model as it is called: wrapped for several processes, or compiled
+    optimizer: Any
+    average: Any  # training.average.WeightAverage | None
+    loader: Any  # data.loader.TrainLoader
+    plan: Any  # training.plan.Plan
+    shards: list[str]
+    timer: Any  # training.step_timer.StepTimer
+    log: Any  # training.run_log.RunLog
+    run_dir: Path
+    run: Any  # training.run_folder.Run with its lock; None on other ranks than 0
+
+
+def pretrain(config: PretrainConfig) -> int | None:
+    """Train, evaluate and save a model; go on where the run of that name stopped.
+
+    Returns:
+      None when the run is finished, EXIT_STOPPED when a signal asked for a stop.
+
+    Raises:
+      ValueError: a setting does not fit the data, the model or the run of that name.
+      FileNotFoundError: there are no such shards or weights.
+    """
+    print(f"clipkit pretrain: {Path(config.runs_dir) / (config.name or 'emoji')} (loading)", flush=True)
+    import torch
+
+    from clipkit.training.distributed import start_process, stop_process
+
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    process = start_process(config.device, config.parallel.timeout_seconds)
+    try:
+        training, start = prepare(config, process)
+        if start < training.plan.total_steps:
+            code = train(training, start)
+            if code:
+                return code
+        finish(training)
+    finally:
+        stop_process()
+    return None
+
+
+def prepare(config: PretrainConfig, process: Any) -> tuple[Training, int]:
+    """Build everything, take up the newest checkpoint if there is one, and say what is about to happen."""
+    import torch
+
+    from clipkit.data.lanes import check_lanes, default_lanes
+    from clipkit.data.loader import make_train_loader
+    from clipkit.data.shards import count_samples
+    from clipkit.data.sources import find_sources
+    from clipkit.training.average import WeightAverage
+    from clipkit.training.estimate import estimate_step
+    from clipkit.training.optim import make_optimizer
+    from clipkit.training.plan import make_plan, summary
+    from clipkit.training.resume import check_shards, open_run, take_up
+    from clipkit.training.run_folder import check_run_name
+    from clipkit.training.run_log import RunLog
+    from clipkit.training.step_timer import StepTimer
+
+    data, size = config.data, config.train.global_batch_size
+    shards = find_sources(data.train, weighted=data.weights is not None, cache_dir=data.cache_dir,
+                          allow_pipe=data.allow_pipe)
+    all_shards = list(chain.from_iterable(shards))
+    lanes = data.lanes or default_lanes(max(map(len, shards)))
+    check_lanes(lanes, size, process.world_size)
+    plan = make_plan(config.train, config.schedule, num_samples=count_samples(all_shards, data.cache_dir), lanes=lanes)
+    name = check_run_name(config.name or "emoji")
+    run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process)
+
+    torch.manual_seed(config.seed)  # the same weights on every process
+    model = make_model(config).to(process.device)
+    optimizer = make_optimizer(list(model.towers.named_parameters()), name=config.optim.name, recipe=config.optim.recipe,
+                               lr=config.optim.lr, weight_decay=config.optim.weight_decay, beta1=config.optim.beta1,
+                               beta2=config.optim.beta2, eps=config.optim.eps)
+    cost = estimate_step(model, batch_size=size // process.world_size, precision=config.train.precision)
+    torch.manual_seed(config.seed + 1 + process.rank)  # dropout differs between processes
+    average = WeightAverage(model.towers, config.train.ema_decay) if config.train.ema_decay else None
+    if saved:
+        check_shards(saved, all_shards)
+        take_up(saved, model=model, optimizer=optimizer, average=average, process=process)
+    start = saved.step if saved else 0
+    loader = make_train_loader(
+        data, shards=shards, lanes=lanes, tokenize=model.tokenize, image_size=model.image_size,
+        group_by=config.loss.mask_false_negatives, seed=config.seed, global_batch_size=size, rank=process.rank,
+        world_size=process.world_size, local_world_size=process.local_world_size,
+        pin_memory=process.device.type == "cuda", state=saved.state["loader"] if saved else None)
+    run_dir = Path(config.runs_dir) / name
+    log = RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
+                 config=dataclasses.asdict(config), is_main=process.is_main)
+    log.say(summary(model, plan, cost, train=config.train, schedule=config.schedule, lr=config.optim.lr, shards=shards,
+                    world_size=process.world_size, device=str(process.device), workers=loader.workers))
+    if saved:
+        log.say(f"goes on at step {start:,} from {saved.path}")
+    return Training(config, process, model, make_parallel(config, process, model), optimizer, average, loader, plan,
+                    all_shards, StepTimer(), log, run_dir, run), start
+
+
+def train(t: Training, start: int) -> int | None:
+    """Run the steps from `start` to the end of the plan. Legend: B batch (this process), L tokens, D embed_dim."""
+    from clipkit.losses import LOSSES
+    from clipkit.training.due import Timetable
+    from clipkit.training.meter import Meter
+    from clipkit.training.optim import clip_gradient, optimizer_step, set_learning_rate
+    from clipkit.training.precision import autocast
+    from clipkit.training.schedule import learning_rate
+    from clipkit.training.stop import EXIT_STOPPED, StopRequest
+    from clipkit.training.watch import Watch
+
+    config, plan, log = t.config, t.plan, t.log
+    loss_function = LOSSES[config.loss.name]
+    masked = config.loss.mask_false_negatives != "none"
+    learned = [parameter for group in t.optimizer.param_groups for parameter in group["params"]]
+    meter = Meter(global_batch_size=plan.global_batch_size, num_samples=plan.num_samples,
+                  max_skipped_steps=config.train.max_skipped_steps, device=t.process.device)
+    timetable = Timetable(total_steps=plan.total_steps, log_every=config.log.every, evaluate_every=config.evaluation.every,
+                          checkpoint_steps=config.checkpoint.every_steps,
+                          checkpoint_minutes=config.checkpoint.every_minutes, world_size=t.process.world_size)
+    watch = Watch(log=log, timer=t.timer, plan=plan, start=start, lr=config.optim.lr, masked=masked,
+                  workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode)
+    if start == 0:
+        evaluate_and_log(t, 0)
+    t.parallel.train()
+    with StopRequest() as stop, contextlib.closing(t.loader):
+        for step, batch in zip(range(start, plan.total_steps), t.timer.batches(device_batches(t)), strict=False):
+            lr = learning_rate(step, name=config.schedule.name, peak=config.optim.lr, warmup=plan.warmup_steps,
+                               total_steps=plan.total_steps, cooldown=config.schedule.cooldown)
+            set_learning_rate(t.optimizer, lr)
+            with autocast(t.process.device, config.train.precision):
+                features = t.parallel(batch.images, batch.tokens)  # image_features (B, D), text_features (B, D), ...
+            loss = loss_function(*features, group_ids=batch.group_ids if masked else None)
+            loss.backward()
+            grad_norm = clip_gradient(learned, config.optim.max_grad_norm)
+            skipped = optimizer_step(t.optimizer, grad_norm)
+            t.model.clamp_logit_scale()
+            if t.average:
+                t.average.update(step)
+            meter.add(loss, grad_norm, skipped)
+
+            done = step + 1
+            due = timetable.after(done, stop=stop.wanted)
+            if due.log:
+                log.step(done, watch.look(done, meter.take(done, lr=lr, features=features, bad=t.loader.bad), features, batch))
+            with t.timer.paused():
+                if due.evaluation:
+                    evaluate_and_log(t, done)
+                if due.checkpoint:
+                    save(t, done)
+            if due.stop:
+                log.say(f"stopped at step {done:,}; run the same command again to go on")
+                log.close()
+                return EXIT_STOPPED
+    return None
+
+
+def make_model(config: PretrainConfig) -> Any:
+    """Build the towers and lock what is to be locked."""
+    from clipkit.model.build import build_model, lock_towers
+
+    settings = config.model
+    model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
+                        image_weights=settings.image_weights, image_size=settings.image_size,
+                        patch_dropout=settings.patch_dropout, loss=config.loss.name)
+    lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
+                text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
+    if config.loss.name == "clip" and model.towers.logit_bias is not None:
+        model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
+    if config.train.activation_checkpointing:
+        model.towers.set_grad_checkpointing(True)
+    return model
+
+
+def make_parallel(config: PretrainConfig, process: Any, model: Any) -> Any:
+    """Wrap the model for several processes (DDP averages gradients) and compile it, as asked."""
+    import torch
+
+    parallel = model
+    if config.train.channels_last:
+        model.towers.visual.to(memory_format=torch.channels_last)
+    if process.world_size > 1:
+        on_gpu = process.device.type == "cuda"
+        if on_gpu and config.parallel.sync_batch_norm:
+            model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=[process.local_rank] if on_gpu else None)
+    return torch.compile(parallel) if config.train.compile else parallel
+
+
+def device_batches(t: Training) -> Iterator[Any]:
+    """This process's batches on its device, without end; `train.overfit_batches` repeats the first few."""
+    num = t.config.train.overfit_batches
+    for batch in cycle(list(islice(t.loader, num))) if num else t.loader:
+        yield type(batch)(*(tensor.to(t.process.device, non_blocking=True) for tensor in batch))
+
+
+def evaluate_and_log(t: Training, step: int) -> None:
+    """Measure the model (its average, where there is one) on the tasks of the run."""
+    from clipkit.evaluation.zero_shot import evaluate
+
+    settings = t.config.evaluation
+    if settings.tasks:
+        with t.average.applied() if t.average else contextlib.nullcontext():
+            results = evaluate(t.model, settings.tasks, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
+        t.log.evaluation(step, map(dataclasses.asdict, results))
+
+
+def save(t: Training, step: int) -> None:
+    from clipkit.training.resume import save_run
+
+    save_run(t.run_dir, step, model=t.model, optimizer=t.optimizer, average=t.average, loader=t.loader, shards=t.shards,
+             process=t.process, keep=t.config.checkpoint.keep, keep_every_steps=t.config.checkpoint.keep_every_steps)
+
+
+def finish(t: Training) -> None:
+    """Evaluate the finished model, and leave a table, curves and a sheet of predictions."""
+    from clipkit import __version__
+    from clipkit.evaluation.contact_sheet import draw_contact_sheet
+    from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
+    from clipkit.evaluation.predictions import predict
+    from clipkit.evaluation.results import Provenance, results_table, write_results
+    from clipkit.evaluation.zero_shot import evaluate
+    from clipkit.model.folder import load_model
+    from clipkit.training.curves import plot_curves
+
+    settings, folder, cache_dir = t.config.evaluation, t.run_dir / "zero_shot", t.config.data.cache_dir
+    model = load_model(t.run_dir / "model", device=t.process.device)  # what others will load is what is measured
+    results = evaluate(model, settings.final_tasks, batch_size=settings.batch_size, cache_dir=cache_dir)
+    if not t.process.is_main:
+        return
+    if t.log.last_step == t.plan.total_steps and not folder.exists():
+        t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, results))
+    t.log.close()
+    if results:
+        provenance = Provenance(t.run_dir.name, None, "fp32", model.source_sha256, t.plan.total_steps, __version__)
+        write_results(folder, results, provenance)
+        draw_contact_sheet(predict(model, settings.final_tasks[0], cache_dir=cache_dir), t.run_dir / "predictions.png",
+                           title=f"{t.run_dir.name}: {settings.final_tasks[0]}, three nearest texts")
+        print("\n" + results_table([*results, *emoji_pixel_baselines(settings.final_tasks)]))
+    plot_curves(t.run_dir)
+    print(f"\nmodel     {t.run_dir / 'model'}\npictures  {t.run_dir / 'predictions.png'}, {t.run_dir / 'curves.png'}\n"
+          f"next      tensorboard --logdir {t.run_dir}\n"
+          f"          python -c \"import clipkit; print(clipkit.load_model('{t.run_dir}').encode_text\"\n")

@@ -1,0 +1,28 @@
+"""Settings of the two towers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from clipkit.config.schema import at_least, fraction, positive, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str | None = setting("open_clip name of the architecture, such as ViT-B-32 or RN50")
+    pretrained: str | None = setting("open_clip tag or weights file to start from; null = random weights")
+    config: dict[str, Any] | None = setting("open_clip-style model_cfg, in the place of a name; text_cfg.kind: cbow allowed")
+    image_weights: str | None = setting("weights file of the timm image tower alone (package:<name> finds an installed one)")
+    image_size: int | None = setting("pixels a side; null = the architecture's own", positive)
+    patch_dropout: float | None = setting("share of image patches left out in training (FLIP); null = the architecture's",
+                                          fraction)
+    lock_image: bool = setting("freeze the image tower (LiT)")
+    unlocked_image_groups: int = setting("last layer groups of a locked image tower that still learn", at_least(0))
+    lock_text: bool = setting("freeze the text tower")
+    unlocked_text_layers: int = setting("last layers of a locked text tower that still learn", at_least(0))
+
+    def __post_init__(self) -> None:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either model.name (an open_clip name) or model.config (a model_cfg), not both")
+        if self.pretrained and self.name is None:
+            raise ValueError(f"model.pretrained is {self.pretrained!r} but model.name is null; weights need a named "
+                             "architecture: give model.name=...")

@@ -1,0 +1,33 @@
+"""Settings of `clipkit pretrain`: the root of all groups."""
+
+from dataclasses import dataclass
+
+from clipkit.config.data import DataConfig
+from clipkit.config.loss import LossConfig
+from clipkit.config.model import ModelConfig
+from clipkit.config.optim import OptimConfig
+from clipkit.config.schedule import ScheduleConfig
+from clipkit.config.schema import setting
+from clipkit.config.train import CheckpointConfig, EvaluationConfig, LogConfig, ParallelConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    name: str | None = setting("name of the run: its folder is runs/<name>; the same name again resumes it")
+    seed: int = setting("source of all randomness")
+    runs_dir: str = setting("folder that holds the run folders", runtime=True)
+    device: str = setting("auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"), runtime=True)
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    parallel: ParallelConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.data.train != ("emoji",):
+            raise ValueError("name is required for data other than emoji; give name=... (the run's folder is runs/<name>)")

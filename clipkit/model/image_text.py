@@ -1,0 +1,101 @@
+"""ImageTextModel: two towers, two projections and a temperature. It knows nothing of losses."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clipkit.data.tokenize import Tokenizer
+
+
+class Features(NamedTuple):
+    """What a loss needs of one batch. Legend: B batch (this process), D embed_dim."""
+
+    image_features: Tensor  # (B, D) unit norm, fp32
+    text_features: Tensor  # (B, D) unit norm, fp32
+    logit_scale: Tensor  # scalar > 0, 1/temperature
+    logit_bias: Tensor | None = None  # scalar, SigLIP's
+
+
+class ImageTextModel(nn.Module):
+    """An open_clip model (its state-dict keys are kept) with its tokenizer and its preprocessing.
+
+    Attributes:
+      towers: The open_clip module; `towers.state_dict()` is what is saved.
+      config: {"model_cfg": ..., "preprocess_cfg": ...} as in open_clip_config.json.
+      image_size: Pixels a side.
+      source_sha256: Hash of the weights file that was loaded; None for fresh weights.
+    """
+
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
+
+    def __init__(self, towers: nn.Module, config: dict[str, Any], tokenize: "Tokenizer") -> None:
+        super().__init__()
+        self.towers: Any = towers
+        self.config = config
+        self.tokenize = tokenize
+        self.source_sha256: str | None = None
+        preprocess_cfg = config["preprocess_cfg"]
+        size = preprocess_cfg["size"]
+        self.image_size: int = size if isinstance(size, int) else size[-1]
+        for name in ("mean", "std"):
+            values = torch.tensor(preprocess_cfg[name])[:, None, None]
+            self.register_buffer(name, values, persistent=False)
+        self._preprocess: Any = None
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Features:
+        """Embed pairs: images (B, 3, H, W), uint8 or preprocessed; tokens (B, L)."""
+        return Features(self.encode_image(images), self.encode_text(tokens), self.towers.logit_scale.exp(),
+                        self.towers.logit_bias)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embed images (B, 3, H, W): uint8 ones are normalised here, floats are taken as preprocessed. (B, D) unit norm."""
+        if images.dtype == torch.uint8:
+            images = (images.float().div(255) - self.mean) / self.std  # (B, 3, H, W)
+        return F.normalize(self.towers.encode_image(images).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embed token ids (B, L). (B, D) unit norm."""
+        return F.normalize(self.towers.encode_text(tokens).float(), dim=-1)
+
+    def preprocess(self, image: "Image") -> Tensor:
+        """Resize, crop and normalise a picture exactly as open_clip evaluates it. (3, H, W) float."""
+        if self._preprocess is None:
+            from open_clip.transform import PreprocessCfg, image_transform_v2
+
+            self._preprocess = image_transform_v2(PreprocessCfg(**self.config["preprocess_cfg"]), is_train=False)
+        return self._preprocess(image)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self, maximum: float = 4.6052) -> None:  # ln(100), Radford et al. 2021, section 2.5
+        """Hold the temperature's logarithm in [0, ln 100]."""
+        self.towers.logit_scale.clamp_(0, maximum)
+
+    @property
+    def device(self) -> torch.device:
+        return self.towers.logit_scale.device
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """True if a module that learns normalises by the statistics of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in module.parameters())
+               for module in model.modules())
+
+
+def parameter_counts(model: ImageTextModel) -> dict[str, int]:
+    """Count parameters of the image tower, the text side, and those that learn."""
+    image = sum(p.numel() for p in model.towers.visual.parameters())
+    total = sum(p.numel() for p in model.towers.parameters())
+    return {"image": image, "text": total - image,
+            "learning": sum(p.numel() for p in model.towers.parameters() if p.requires_grad)}
+
+
+def stack_images(model: ImageTextModel, images: Sequence["Image"]) -> Tensor:
+    """Preprocess pictures into one tensor (N, 3, H, W) on the model's device."""
+    return torch.stack([model.preprocess(image) for image in images]).to(model.device)

@@ -1,0 +1,1 @@
+"""The parts of a training run: optimizer, schedule, precision, processes, checkpoints, log."""

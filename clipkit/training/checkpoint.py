@@ -1,0 +1,275 @@
+"""The checkpoints of a run folder: safetensors, state.json and a manifest; whole or not there. No pickle anywhere."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.training.atomic_files import fsync_folder, one_line_os_error, remove_quietly, write_text_atomically
+from clipkit.training.manifest import find_damage, write_manifest
+from clipkit.training.optimizer_state import OptimizerState, check_same_tensors, clean_name, describe_optimizer, unwrap
+
+FORMAT = 1
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+DAMAGED, REPLACED, UNFINISHED = "damaged-", ".replaced-", ".tmp-"
+REQUIRED = ("state.json", "model.safetensors")
+RANDOM_NAME = re.compile(r"rank(\d+)\.(.+)")
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    optimizer: OptimizerState | None
+    ema: dict[str, Tensor] | None
+    state: dict[str, Any]  # what the caller gave to save_checkpoint
+    random_states: list[dict[str, Tensor]]  # one a rank of the run that saved
+    world_size: int
+    versions: dict[str, str]
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint folder is not what its manifest says; the text names the file."""
+
+
+def save_checkpoint(run_dir: Path | str, *, step: int, model_state: Mapping[str, Tensor],
+                    optimizer: torch.optim.Optimizer | None = None, parameter_names: Sequence[str] = (),
+                    ema_state: Mapping[str, Tensor] | None = None, state: Mapping[str, Any] | None = None,
+                    random_states: Sequence[Mapping[str, Tensor]] = ()) -> Path:
+    """Write checkpoints/step-<step>/ and point checkpoints/latest to it. Call it on one rank only.
+
+    Args:
+      run_dir: The run folder; `checkpoints` is made in it.
+      step: Optimizer steps done. A checkpoint of the same step is replaced.
+      model_state: State dict of the unwrapped model (see `unwrap`, `unwrap_names`). Tied tensors may be in it twice.
+      optimizer: Its state is saved under the names of its parameters.
+      parameter_names: One name a parameter, in the optimizer's order; see `optimizer_state.parameter_names`.
+      ema_state: The averaged weights, by the same names as `model_state`.
+      state: JSON-able: position of every lane, counters, what probes chose. Comes back as JSON does (lists for tuples).
+      random_states: What `get_random_state` gave on each rank, in the order of ranks; their number is recorded as the
+        world size.
+
+    Returns:
+      The folder of the checkpoint.
+
+    Raises:
+      OSError: the disk is full, or the folder cannot be written; one line. Older checkpoints stay as they are.
+      ValueError: `parameter_names` do not fit the optimizer.
+      TypeError: `state` is not JSON-able.
+    """
+    run_dir = Path(run_dir)
+    optimizer_state = None if optimizer is None else describe_optimizer(optimizer, parameter_names)
+    random_tensors = {f"rank{rank}.{name}": tensor for rank, one in enumerate(random_states)
+                      for name, tensor in one.items()}
+    tensors = {"model": model_state, "optimizer": optimizer_state and optimizer_state.tensors, "ema": ema_state,
+               "random": random_tensors or None}
+    record = {"format": FORMAT, "step": step, "world_size": max(1, len(random_states)), "versions": _versions(),
+              "state": dict(state or {}), "optimizer": optimizer_state and optimizer_state.description}
+    text = json.dumps(record, indent=1, default=_refuse_json)
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    try:
+        remove_quietly(unfinished)
+        unfinished.mkdir(parents=True)
+        _write_files(unfinished, text, {name: one for name, one in tensors.items() if one is not None})
+        _replace_folder(unfinished, folder)
+        write_text_atomically(folder.parent / "latest", folder.name + "\n")
+    except Exception as error:
+        remove_quietly(unfinished)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            good = next(iter(_step_folders(run_dir)), None)
+            after = f"the last good checkpoint is {good[1].name}" if good else "there is no earlier checkpoint"
+            raise one_line_os_error(error, folder, after) from error
+        raise
+    return folder
+
+
+def load_checkpoint(folder: Path | str, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint to the CPU.
+
+    Args:
+      folder: A checkpoint folder, or a run folder: then its newest whole checkpoint.
+      verify: Compare every file with the manifest first. Leave it out only for what was just verified.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint there.
+      DamagedCheckpointError: a file is missing or differs from the manifest.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not STEP_FOLDER.fullmatch(folder.name) and not (folder / "manifest.json").exists():
+        run_dir = folder
+        whole = (one for _, one in _step_folders(run_dir) if find_damage(one, REQUIRED) is None)
+        folder = next(whole, folder)
+        if folder == run_dir:
+            raise FileNotFoundError(f"{run_dir} has no whole checkpoint; give a run folder (with checkpoints/step-...) "
+                                    "or one of its checkpoints/step-... folders")
+    elif not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {folder}; give a checkpoints/step-... folder of a run")
+    elif verify and (fault := find_damage(folder, REQUIRED)):
+        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {fault}; use an older one")
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if record["format"] != FORMAT:
+        raise ValueError(f"the checkpoint {folder} has format {record['format']}, this clipkit reads {FORMAT}; use the "
+                         f"clipkit that wrote it ({record['versions'].get('clipkit')})")
+    tensors = {name: load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else None
+               for name in ("model", "optimizer", "ema", "random")}
+    description = record["optimizer"]
+    return Checkpoint(
+        path=folder, step=record["step"], model=tensors["model"] or {},
+        optimizer=None if description is None else OptimizerState(tensors["optimizer"] or {}, description),
+        ema=tensors["ema"], state=record["state"], random_states=_split_by_rank(tensors["random"] or {}),
+        world_size=record["world_size"], versions=record["versions"])
+
+
+def restore_model(model: nn.Module, saved: Mapping[str, Tensor], what: str = "model") -> None:
+    """Copy saved weights into a model, wrapped or not, in place.
+
+    Raises:
+      ValueError: a name or shape differs (a checkpoint of another model); the line names the first.
+    """
+    own = unwrap_names(unwrap(model).state_dict())
+    check_same_tensors({name: tuple(tensor.shape) for name, tensor in saved.items()},
+                       {name: tuple(tensor.shape) for name, tensor in own.items()}, what)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def unwrap_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a state dict's tensors as the module without DDP and torch.compile does."""
+    return {clean_name(name): tensor for name, tensor in state.items()}
+
+
+def latest_good_checkpoint(run_dir: Path | str, warn: Callable[[str], None]) -> Path | None:
+    """Find the newest whole checkpoint of a run that is about to go on, and tidy up. Call it on one rank only.
+
+    Leftovers of saves that were cut off are removed. A damaged checkpoint is named to `warn` in one line, renamed to
+    damaged-step-... and left out.
+
+    Returns:
+      The checkpoint's folder, or None if the run has none yet.
+
+    Raises:
+      ValueError: there are checkpoints, and all are damaged.
+    """
+    run_dir = Path(run_dir)
+    _remove_leftovers(run_dir / "checkpoints")
+    faults: dict[Path, str] = {}
+    for _, folder in _step_folders(run_dir):
+        fault = find_damage(folder, REQUIRED)
+        if fault is None:
+            for bad, reason in faults.items():
+                aside = bad.with_name(DAMAGED + bad.name)
+                remove_quietly(aside)
+                bad.rename(aside)
+                warn(f"the checkpoint {bad.name} is damaged ({reason}) and left aside as {aside}; "
+                     f"the run goes on from {folder.name}")
+            if faults:
+                write_text_atomically(folder.parent / "latest", folder.name + "\n")
+            return folder
+        faults[folder] = fault
+    if faults:
+        raise ValueError(f"all {len(faults)} checkpoints in {run_dir / 'checkpoints'} are damaged "
+                         f"({'; '.join(f'{bad.name}: {reason}' for bad, reason in faults.items())}); remove that "
+                         "folder to start the run from its first step, or choose another name")
+    return None
+
+
+def prune_checkpoints(run_dir: Path | str, keep: int, keep_every_steps: int | None = None) -> list[Path]:
+    """Remove old checkpoints: the newest `keep` stay, and those whose step is a multiple of `keep_every_steps`.
+
+    Returns:
+      The folders removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; keep at least 1 checkpoint")
+    removed = []
+    for step, folder in _step_folders(Path(run_dir))[keep:]:
+        if not keep_every_steps or step % keep_every_steps:
+            hidden = folder.with_name(UNFINISHED + folder.name)  # renamed first: a removal may be cut off
+            remove_quietly(hidden)
+            folder.rename(hidden)
+            remove_quietly(hidden)
+            removed.append(folder)
+    return removed
+
+
+def _write_files(folder: Path, state_text: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write every file of a checkpoint and its manifest, and fsync all."""
+    from safetensors.torch import save_file
+
+    state_file = folder / "state.json"
+    state_file.write_text(state_text, encoding="utf-8")
+    for name, named in tensors.items():
+        # Copies: safetensors takes contiguous tensors only, and no two in one storage (tied weights are written twice).
+        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
+        path = folder / f"{name}.safetensors"
+        save_file(copies, path, metadata={"format": "pt"})
+        path.chmod(state_file.stat().st_mode)  # safetensors writes 0600, whatever the umask
+    write_manifest(folder)
+    fsync_folder(folder)
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; if one is there, it is set aside first, where `_remove_leftovers` would find it."""
+    replaced = folder.with_name(REPLACED + folder.name)
+    if folder.exists():
+        remove_quietly(replaced)
+        os.rename(folder, replaced)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if replaced.exists() and not folder.exists():
+            os.rename(replaced, folder)
+        raise
+    fsync_folder(folder.parent)
+    remove_quietly(replaced)
+
+
+def _remove_leftovers(checkpoints: Path) -> None:
+    if not checkpoints.is_dir():
+        return
+    for path in list(checkpoints.iterdir()):
+        if path.name.startswith(REPLACED):
+            original = path.with_name(path.name.removeprefix(REPLACED))
+            if not original.exists():
+                os.rename(path, original)
+        if path.name.startswith((UNFINISHED, REPLACED)):
+            remove_quietly(path)
+
+
+def _step_folders(run_dir: Path) -> list[tuple[int, Path]]:
+    """The (step, folder) of all checkpoints, the newest first; whole or not."""
+    checkpoints = run_dir / "checkpoints"
+    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    steps = [(int(match.group(1)), path) for path in found if (match := STEP_FOLDER.fullmatch(path.name))]
+    return sorted(steps, reverse=True)
+
+
+def _split_by_rank(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    matches = [(match, tensor) for name, tensor in tensors.items() if (match := RANDOM_NAME.fullmatch(name))]
+    ranks = 1 + max((int(match.group(1)) for match, _ in matches), default=-1)
+    return [{match.group(2): tensor for match, tensor in matches if int(match.group(1)) == rank}
+            for rank in range(ranks)]
+
+
+def _versions() -> dict[str, str]:
+    try:
+        clipkit_version = metadata.version("clipkit-vl")
+    except metadata.PackageNotFoundError:
+        clipkit_version = "unknown"
+    return {"clipkit": clipkit_version, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _refuse_json(value: Any) -> Any:
+    raise TypeError(f"state holds {value!r} of {type(value)}; give numbers, texts, lists and dicts (tensors: as "
+                    "model_state or random_states)")

@@ -1,0 +1,55 @@
+"""What a training step will cost, tried on a few rows before the first step."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipkit.model.image_text import ImageTextModel
+from clipkit.training.precision import autocast
+
+PROBE_ROWS = 16
+
+
+class StepCost(NamedTuple):
+    """Estimated cost of one step of one process."""
+
+    memory_gb: float  # weights, gradients, optimizer state and activations
+    seconds: float | None  # forward and backward; None on an accelerator, where few rows say little
+
+
+def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, optimizer_tensors: int = 2) -> StepCost:
+    """Run a few rows forward and backward, in evaluation mode so that nothing in the model changes.
+
+    Args:
+      model: On its device.
+      batch_size: Rows of this process.
+      precision: As in training.
+      optimizer_tensors: Tensors that the optimizer and an average keep for each weight.
+    """
+    rows = min(PROBE_ROWS, batch_size)
+    images = torch.zeros(rows, 3, model.image_size, model.image_size, dtype=torch.uint8, device=model.device)  # (b, 3, H, W)
+    tokens = model.tokenize(["a"]).to(model.device).expand(rows, -1)  # (b, L)
+    kept: dict[int, int] = {}  # bytes of each storage that backward needs
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    begin = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), autocast(model.device, precision):
+        features = model(images, tokens)
+    (features.image_features.sum() + features.text_features.sum() + features.logit_scale).backward()
+    seconds = time.perf_counter() - begin
+    model.zero_grad(set_to_none=True)
+    for module, training in modes:
+        module.training = training
+    weights = sum(tensor.nbytes for tensor in model.parameters())
+    learning = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    activations = sum(size for storage, size in kept.items() if storage not in storages) * batch_size / rows
+    return StepCost((weights + (1 + optimizer_tensors) * learning + activations) / 1e9,
+                    seconds * batch_size / rows if model.device.type == "cpu" else None)

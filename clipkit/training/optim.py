@@ -1,0 +1,97 @@
+"""The optimizer: which weights decay, and a step that non-finite gradients cannot spoil."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_decayed(name: str, parameter: Tensor, recipe: str) -> bool:
+    """Tell whether weight decay applies to a parameter.
+
+    Recipe "clipkit": matrices and kernels decay; gains, biases, temperature, class and positional embeddings do not.
+    Recipe "open_clip" (open_clip_train 3.3): as there, positional embeddings do decay.
+    """
+    if recipe == "open_clip":
+        return parameter.ndim >= 2 and not any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
+    return parameter.ndim >= 2 and not any(word in name for word in ("positional_embedding", "pos_embed", "cls_token"))
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, recipe: str) -> list[dict[str, Any]]:
+    """Split the parameters that learn into a group without and a group with weight decay."""
+    learning = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    return [{"params": [p for n, p in learning if not is_decayed(n, p, recipe)], "weight_decay": 0.0},
+            {"params": [p for n, p in learning if is_decayed(n, p, recipe)], "weight_decay": weight_decay}]
+
+
+def make_optimizer(named: Sequence[tuple[str, nn.Parameter]], *, name: str = "adamw", recipe: str = "clipkit",
+                   lr: float, weight_decay: float, beta1: float, beta2: float, eps: float) -> torch.optim.Optimizer:
+    """Build an optimizer: AdamW (fused), or any of torch's or timm's by name.
+
+    Raises:
+      ValueError: neither torch nor timm has an optimizer of that name, or it refuses these values.
+    """
+    groups = [group for group in parameter_groups(named, weight_decay=weight_decay, recipe=recipe) if group["params"]]
+    if not groups:
+        raise ValueError("nothing is left to learn: both towers are locked; unlock one (model.lock_image, model.lock_text)")
+    if name.lower() == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    torch_names = {kind.lower(): getattr(torch.optim, kind) for kind in dir(torch.optim)
+                   if isinstance(getattr(torch.optim, kind), type) and kind not in ("Optimizer", "LBFGS", "SparseAdam")}
+    if name.lower() in torch_names:
+        return _with_known_options(torch_names[name.lower()], groups, lr=lr, betas=(beta1, beta2), eps=eps)
+    import timm.optim
+
+    timm_names: list[str] = timm.optim.list_optimizers()  # pyright: ignore[reportPrivateImportUsage,reportAssignmentType]
+
+    if name.lower() not in timm_names:
+        known = ", ".join(sorted({*torch_names, *timm_names}))
+        raise ValueError(f"optim.name is {name!r}; choose one of {known}")
+    return timm.optim.create_optimizer_v2(  # pyright: ignore[reportPrivateImportUsage]
+        groups, opt=name.lower(), lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps)
+
+
+def _with_known_options(kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], **options: Any,
+                        ) -> torch.optim.Optimizer:
+    """Call an optimizer with those of the options that it knows."""
+    import inspect
+
+    known = inspect.signature(kind).parameters
+    return kind(groups, **{name: value for name, value in options.items() if name in known})
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients down to a norm, if one is given; return the norm that they had (scalar)."""
+    if max_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
+    """Update the weights, unless the gradient is not finite; gradients are dropped either way.
+
+    The gradients are the same on all processes, so all decide alike. A fused optimizer decides on the device; for another
+    the host has to wait for the norm.
+
+    Args:
+      optimizer: Its parameters carry their gradients.
+      grad_norm: Scalar, norm of the whole gradient.
+
+    Returns:
+      Scalar, 1 if the step was skipped, else 0.
+    """
+    skipped = (~grad_norm.isfinite()).float()
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]  (read by torch's fused kernels)
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return skipped
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+

@@ -1,0 +1,59 @@
+"""The plan of a run: how many steps, how warm, how much each process holds; and the summary that the person sees."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from clipkit.config.schedule import ScheduleConfig
+from clipkit.config.train import TrainConfig
+from clipkit.model.image_text import ImageTextModel, has_batch_statistics, parameter_counts
+from clipkit.training.estimate import StepCost
+from clipkit.training.run_log import duration_text
+from clipkit.training.schedule import warmup_steps
+
+
+class Plan(NamedTuple):
+    total_steps: int
+    warmup_steps: int
+    global_batch_size: int
+    num_samples: int | None  # in one epoch; None where counting would mean reading everything
+    lanes: int
+
+
+def make_plan(train: TrainConfig, schedule: ScheduleConfig, *, num_samples: int | None, lanes: int) -> Plan:
+    """Turn samples or epochs into steps.
+
+    Raises:
+      ValueError: the data have fewer samples than one batch, or epochs are asked of data that cannot be counted.
+    """
+    batch = train.global_batch_size
+    if num_samples is not None and num_samples < batch:
+        raise ValueError(f"the data have {num_samples} samples, fewer than one batch of train.global_batch_size={batch}; "
+                         f"give train.global_batch_size={max(2, num_samples // 2)} or more data")
+    if train.samples is None and num_samples is None:
+        raise ValueError(f"train.epochs is {train.epochs}, but the shards have no side file that says how many samples they "
+                         "hold; give train.samples=... (and train.epochs=null), or write sizes.json beside them")
+    samples = train.samples or round((train.epochs or 0) * (num_samples or 0))
+    total = max(1, samples // batch)
+    return Plan(total, warmup_steps(schedule.warmup, total_steps=total, global_batch_size=batch), batch, num_samples, lanes)
+
+
+def summary(model: ImageTextModel, plan: Plan, cost: StepCost, *, train: TrainConfig, schedule: ScheduleConfig, lr: float,
+            shards: Sequence[Sequence[str]], world_size: int, device: str, workers: int) -> str:
+    """Describe a run before its first step: model, data, schedule, expected memory and time."""
+    counts = parameter_counts(model)
+    num_shards = sum(map(len, shards))
+    found = f"{plan.num_samples:,} samples" if plan.num_samples else "samples not counted"
+    epochs = f", {plan.total_steps * plan.global_batch_size / plan.num_samples:.1f} epochs" if plan.num_samples else ""
+    processes = f"{world_size} processes" if world_size > 1 else "one process"
+    time_text = f", about {duration_text(cost.seconds * plan.total_steps)}" if cost.seconds else ""
+    lines = [
+        f"model     {counts['image'] / 1e6:.1f} M image + {counts['text'] / 1e6:.1f} M text parameters, "
+        f"{counts['learning'] / 1e6:.1f} M learn; {model.image_size} px, {model.tokenize.context_length} tokens",
+        f"data      {num_shards} shards, {found}, {plan.lanes} lanes, {workers} loader workers a process",
+        f"schedule  {plan.total_steps:,} steps of {plan.global_batch_size:,} pairs{epochs}; lr {lr:g}, {schedule.name}, "
+        f"{plan.warmup_steps:,} steps of warm-up",
+        f"hardware  {processes} on {device}, {train.precision}; expects {cost.memory_gb:.2f} GB a process{time_text}",
+    ]
+    if has_batch_statistics(model):
+        lines.append("note      the model has BatchNorm: its statistics are those of one process's rows")
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Shared fixtures: one thread, no network, one tiny model."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def tiny_model():
+    """A fresh, seeded CLIP with two very small Transformers (no batch statistics)."""
+    from clipkit.model.build import build_model
+
+    torch.manual_seed(0)
+    return build_model(config=TINY)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on the loopback interface that nothing uses."""
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def settings(*arguments: str):
+    """The settings of `clipkit pretrain <arguments>`, composed as the command does."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from clipkit.commands.pretrain import IMPLIED
+    from clipkit.config import PretrainConfig, parse
+    from clipkit.config.command_line import conf_dir, groups_of, hydra_arguments
+
+    shared, own = conf_dir() / "shared", conf_dir() / "pretrain"
+    overrides = hydra_arguments(arguments, PretrainConfig, groups_of([shared, own]), IMPLIED)
+    with initialize_config_dir(str(own), version_base="1.3"):
+        values = compose("config", [f"hydra.searchpath=[file://{shared}]", *overrides])
+    return parse(PretrainConfig, OmegaConf.to_container(values, resolve=True))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A pattern of four shards of 32 coloured squares each, with captions that say colour and number."""
+    import io
+    import json
+    import random
+    import tarfile
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("shards")
+    colours = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40),
+               "white": (250, 250, 250), "black": (5, 5, 5), "purple": (140, 40, 160), "orange": (240, 140, 20)}
+    rng = random.Random(0)
+    for number in range(4):
+        with tarfile.open(folder / f"{number:03d}.tar", "w") as tar:
+            for index in range(32):
+                colour = rng.choice(list(colours))
+                image = Image.new("RGB", (40, 36), colours[colour])
+                image.putpixel((rng.randrange(40), rng.randrange(36)), (index * 7 % 256, 0, 255))
+                file = io.BytesIO()
+                image.save(file, "PNG")
+                members = {"png": file.getvalue(), "txt": f"a {colour} square, {index} of shard {number}".encode(),
+                           "json": json.dumps({"colour": colour, "captions": None}).encode()}
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{number:03d}{index:04d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return f"{folder}/{{000..003}}.tar"

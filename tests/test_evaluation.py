@@ -1,0 +1,251 @@
+"""Evaluation from shards to numbers: tasks, features, baseline, several processes."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipkit.data.emoji import shards as emoji_shards_module
+from clipkit.data.emoji.pack import read_emoji_rows
+from clipkit.data.tars import BadSample
+from clipkit.evaluation import tasks
+from clipkit.evaluation.encode import encode_task, encode_texts, evaluation_mode
+from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
+from clipkit.evaluation.predictions import predict
+from clipkit.evaluation.tasks import Task, TaskSample, load_task, read_task
+from clipkit.evaluation.zero_shot import evaluate
+
+
+@pytest.fixture
+def small_emoji(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder, with 60 drawings of each test split in the place of the whole set."""
+    rows = read_emoji_rows()
+    few = []
+    for split in ("val", "test_style", "test_concept"):
+        few += [row for row in rows if row.split == split and row.style in ("emojitwo", "fxemoji", "streamline")][:60]
+    monkeypatch.setattr(emoji_shards_module, "read_emoji_rows", lambda: few)
+    monkeypatch.setattr(tasks, "read_emoji_rows", lambda: few)
+    return tmp_path / "cache"
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((40, 36)).save(file, "png")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.fixture
+def caption_shards(tmp_path: Path) -> Path:
+    """Two shards of 5 pictures, with one caption (.txt) or three (json)."""
+    for shard in range(2):
+        members = {}
+        for number in range(5):
+            key = f"{shard}-{number}"
+            members[f"{key}.png"] = png(10 * shard + number)
+            if number % 2:
+                members[f"{key}.txt"] = f"picture {key}\n".encode()
+            else:
+                captions = [f"picture {key}", f"a view of {key}", f"another of {key}"]
+                members[f"{key}.json"] = json.dumps({"captions": captions}).encode()
+        write_tar(tmp_path / "pairs" / f"{shard:03d}.tar", members)
+    return tmp_path / "pairs"
+
+
+def test_an_emoji_task_has_the_concepts_of_its_split_and_two_prompt_rules(small_emoji: Path) -> None:
+    task = load_task("emoji_test_concept", cache_dir=small_emoji)
+    rows = [row for row in tasks.read_emoji_rows() if row.split == "test_concept"]
+    assert set(task.classes) == {row.concept for row in rows}
+    number = list(task.classes).index(rows[0].concept)
+    assert task.prompts["label"][number] == [rows[0].label]
+    assert task.prompts["label_and_tags"][number] == [", ".join((rows[0].label, *rows[0].tags))]
+    labels = {sample.label for sample in read_task(task) if isinstance(sample, TaskSample)}
+    assert labels == set(range(len(task.classes)))
+
+
+def test_the_full_tasks_have_the_class_numbers_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "emoji_shards", lambda split, cache_dir: [])
+    assert len(load_task("emoji_test_concept").classes) == 143
+    assert len(load_task("emoji_test_style").classes) == 1358
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_sample_falls_to_exactly_one_process(caption_shards: Path, world_size: int) -> None:
+    task = load_task(str(caption_shards))
+    shares = [[sample.position for sample in read_task(task, rank=rank, world_size=world_size)
+               if isinstance(sample, TaskSample)] for rank in range(world_size)]
+    assert sorted(position for share in shares for position in share) == [(s, n) for s in range(2) for n in range(5)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1 + len(task.shards)
+
+
+def test_captions_come_from_the_json_list_or_the_text(caption_shards: Path) -> None:
+    samples = list(read_task(load_task(f"{caption_shards}/000.tar")))
+    assert [len(sample.captions) for sample in samples if isinstance(sample, TaskSample)] == [3, 1, 3, 1, 3]
+    assert isinstance(samples[1], TaskSample)
+    assert samples[1].captions == ("picture 0-1",)
+
+
+def test_a_task_that_does_not_exist_is_answered_with_those_that_do() -> None:
+    with pytest.raises(FileNotFoundError, match=r"task 'emoji_test' is neither one of emoji_val, .* nor shards"):
+        load_task("emoji_test")
+
+
+def test_samples_that_cannot_be_used_are_counted_by_cause(tiny_model, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "bad.tar", {
+        "a.png": png(0), "a.txt": b"good", "b.png": png(1)[:60], "b.txt": b"cut", "c.png": png(2), "d.txt": b"no image",
+        "e.png": png(3), "e.json": b"{", "f.png": png(4), "f.txt": b" ", "g.png": png(5), "g.txt": b"good too"})
+    encoded = encode_task(tiny_model, load_task(shard), batch_size=4)
+    assert len(encoded.labels) == 2
+    assert encoded.num_bad == {"truncated image": 1, "no caption": 2, "no image": 1, "corrupt json or text": 1}
+    assert {result.n_bad for result in evaluate(tiny_model, [shard])} == {5}
+
+
+def test_a_concept_outside_the_classes_is_a_bad_sample(small_emoji: Path) -> None:
+    task = load_task("emoji_val", cache_dir=small_emoji)
+    concept = next(iter(task.classes))
+    fewer = Task(task.name, task.split, task.kind, task.shards, {concept: task.classes[concept]}, {})
+    bad = [sample for sample in read_task(fewer) if isinstance(sample, BadSample)]
+    assert {sample.cause for sample in bad} == {"unknown class"}
+
+
+def test_a_task_without_a_usable_image_is_refused(tiny_model, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "bad.tar", {"a.txt": b"no picture"})
+    with pytest.raises(ValueError, match=r"bad.tar has no image that can be used \(bad samples: \{'no image': 1\}\)"):
+        evaluate(tiny_model, [shard])
+
+
+def features_one_by_one(model, task: Task) -> tuple[Tensor, Tensor]:
+    samples = [sample for sample in read_task(task) if isinstance(sample, TaskSample)]
+    with torch.no_grad():
+        features = torch.cat([model.encode_image(model.preprocess(sample.image)[None]) for sample in samples])
+    return features, torch.tensor([sample.label for sample in samples])
+
+
+def test_classification_equals_the_slow_reference(tiny_model, small_emoji: Path) -> None:
+    results = evaluate(tiny_model, ["emoji_test_style"], cache_dir=small_emoji, batch_size=7)
+    tiny_model.eval()
+    task = load_task("emoji_test_style", cache_dir=small_emoji)
+    features, labels = features_one_by_one(tiny_model, task)
+    assert [(result.prompts, result.metric) for result in results] == [
+        ("label", "acc1"), ("label", "acc5"), ("label_and_tags", "acc1"), ("label_and_tags", "acc5")]
+    for result in results:
+        with torch.no_grad():
+            prompts = task.prompts[result.prompts]
+            weight = torch.cat([tiny_model.encode_text(tiny_model.tokenize(texts)) for texts in prompts])  # (C, D)
+        best = (features @ weight.T).argsort(dim=1, descending=True, stable=True)[:, :int(result.metric[-1])]  # (N, k)
+        assert result.value == (best == labels[:, None]).any(dim=1).double().mean().item()
+        assert (result.n, result.num_classes, result.kind) == (60, 60, "zeroshot_classification")
+        assert result.ci_low <= result.value <= result.ci_high
+
+
+def test_retrieval_equals_the_slow_reference(tiny_model, caption_shards: Path) -> None:
+    results = {result.metric: result for result in evaluate(tiny_model, [str(caption_shards)], batch_size=3)}
+    tiny_model.eval()
+    task = load_task(str(caption_shards))
+    images, _ = features_one_by_one(tiny_model, task)
+    captions = [(number, caption) for number, sample in enumerate(read_task(task)) if isinstance(sample, TaskSample)
+                for caption in sample.captions]
+    owners = torch.tensor([number for number, _ in captions])
+    with torch.no_grad():
+        texts = torch.cat([tiny_model.encode_text(tiny_model.tokenize([caption])) for _, caption in captions])
+    for k in (1, 5, 10):
+        best_images = (texts @ images.T).argsort(dim=1, descending=True, stable=True)[:, :k]
+        best_texts = (images @ texts.T).argsort(dim=1, descending=True, stable=True)[:, :k]
+        image_hits = (best_images == owners[:, None]).any(dim=1).double().mean().item()
+        text_hits = (owners[best_texts] == torch.arange(10)[:, None]).any(dim=1).double().mean().item()
+        assert results[f"image_retrieval_recall@{k}"].value == image_hits
+        assert results[f"text_retrieval_recall@{k}"].value == text_hits
+    assert results["image_retrieval_recall@1"].n == 22
+    assert results["text_retrieval_recall@1"].n == 10
+
+
+def test_the_result_is_the_same_each_time_and_for_any_batch_size(tiny_model, small_emoji: Path) -> None:
+    first = evaluate(tiny_model, ["emoji_val"], cache_dir=small_emoji, batch_size=64)
+    assert evaluate(tiny_model, ["emoji_val"], cache_dir=small_emoji, batch_size=64) == first
+    assert evaluate(tiny_model, ["emoji_val"], cache_dir=small_emoji, batch_size=5) == first
+
+
+def test_each_module_gets_its_mode_back_also_after_an_error(tiny_model) -> None:
+    tiny_model.train()
+    tiny_model.towers.visual.eval()
+    before = [module.training for module in tiny_model.modules()]
+    with evaluation_mode(tiny_model):
+        assert not any(module.training for module in tiny_model.modules())
+        assert not torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), evaluation_mode(tiny_model):
+        _ = 1 / 0
+    assert [module.training for module in tiny_model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_features_are_fp32_also_under_autocast(tiny_model) -> None:
+    expected = encode_texts(tiny_model, ["a cat"], batch_size=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode_texts(tiny_model, ["a cat"], batch_size=1), expected)
+
+
+def test_a_model_with_weights_that_are_not_finite_is_refused(tiny_model, small_emoji: Path) -> None:
+    tiny_model.towers.text_projection.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="features hold NaN or infinity"):
+        evaluate(tiny_model, ["emoji_val"], cache_dir=small_emoji)
+
+
+@pytest.mark.slow
+def test_the_pixel_baseline_is_that_of_the_issue() -> None:
+    style, concept = emoji_pixel_baselines(["emoji_test_style", "some/shards", "emoji_test_concept"])
+    assert style.value == pytest.approx(400 / 1358)  # 0.295
+    assert (style.n, concept.n, concept.value) == (1358, 785, 0.0)
+    assert emoji_pixel_baselines(["some/shards"]) == []
+
+
+def test_predictions_name_the_first_pictures(tiny_model, small_emoji: Path, caption_shards: Path) -> None:
+    of_emoji = predict(tiny_model, "emoji_val", num_images=6, cache_dir=small_emoji)
+    of_pairs = predict(tiny_model, str(caption_shards), num_images=6)
+    for predictions in (of_emoji, of_pairs):
+        assert len(predictions) == 6
+        for prediction in predictions:
+            assert len(prediction.guesses) == 3
+            assert all(right == (name == prediction.label) for name, right in prediction.guesses)
+    assert of_pairs[1].label == "picture 0-1"
+
+
+def evaluate_on_a_rank(rank: int, world_size: int, port: int, shards: str, out: str) -> None:
+    import torch.distributed as dist
+
+    from clipkit.model.build import build_model
+    from tests.conftest import TINY
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    found = evaluate(build_model(config=TINY), [shards, f"{shards}/000.tar"], batch_size=3)
+    Path(out, f"{world_size}-{rank}.txt").write_text("\n".join(map(str, found)))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_several_processes_find_what_one_finds(caption_shards: Path, tmp_path: Path, free_port: int) -> None:
+    import torch.multiprocessing as mp
+
+    evaluate_on_a_rank(0, 1, free_port, str(caption_shards), str(tmp_path))
+    mp.spawn(evaluate_on_a_rank, (2, free_port, str(caption_shards), str(tmp_path)), nprocs=2)  # type: ignore
+    alone = (tmp_path / "1-0.txt").read_text()
+    assert [(tmp_path / f"2-{rank}.txt").read_text() for rank in range(2)] == [alone] * 2
