@@ -35,8 +35,8 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def settings(*arguments: str):
-    """The settings of `clipkit pretrain <arguments>`, composed as the command does."""
+def settings(*arguments: str, config_dir=None, model=None):
+    """The settings of `clipkit pretrain [--config-dir ... model=...] <arguments>`, composed as the command does."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -45,9 +45,12 @@ def settings(*arguments: str):
     from clipkit.config.command_line import conf_dir, groups_of, hydra_arguments
 
     shared, own = conf_dir() / "shared", conf_dir() / "pretrain"
-    overrides = hydra_arguments(arguments, PretrainConfig, groups_of([shared, own]), IMPLIED)
+    folders = [shared, own, *([config_dir] if config_dir else [])]
+    chosen = (f"model={model}",) if model else ()
+    overrides = hydra_arguments((*chosen, *arguments), PretrainConfig, groups_of(folders), IMPLIED)
+    search = ",".join(f"file://{folder}" for folder in (shared, *([config_dir] if config_dir else [])))
     with initialize_config_dir(str(own), version_base="1.3"):
-        values = compose("config", [f"hydra.searchpath=[file://{shared}]", *overrides])
+        values = compose("config", [f"hydra.searchpath=[{search}]", *overrides])
     return parse(PretrainConfig, OmegaConf.to_container(values, resolve=True))
 
 

@@ -7,20 +7,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 from clipkit.config.data import AugmentConfig
-from clipkit.data.augment import augment, colour_matrix, random_affine, random_colour, random_crop_box
+from clipkit.data.augment import (
+    augment,
+    colour_matrix,
+    random_affine,
+    random_colour,
+    random_crop_box,
+    random_tone,
+    random_warp,
+)
 from clipkit.data.decode import crop_and_resize
 
 NEUTRAL: dict[str, Any] = {
     "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "rotate_degrees": 0.0, "translate": 0.0,
     "zoom": (1.0, 1.0), "shear_degrees": 0.0, "colour_jitter": (0.0, 0.0, 0.0, 0.0), "colour_jitter_probability": 1.0,
+    "elastic": 0.0, "colour_noise": 0.0, "gamma": 0.0, "sharpness": 0.0, "keep_white": False,
     "grey": 0.0, "channel_shuffle": 0.0}
 EVERYTHING: dict[str, Any] = {
     "crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 4 / 3), "flip": 0.5, "rotate_degrees": 15.0, "translate": 0.1,
     "zoom": (0.7, 1.3), "shear_degrees": 6.0, "colour_jitter": (0.3, 0.3, 0.4, 0.1), "colour_jitter_probability": 0.8,
+    "elastic": 0.04, "colour_noise": 0.04, "gamma": 0.25, "sharpness": 0.5, "keep_white": False,
     "grey": 0.2, "channel_shuffle": 0.5}
 
 
@@ -60,12 +71,12 @@ def test_one_seed_gives_one_picture_and_global_randomness_plays_no_part() -> Non
     random.seed(1)
     torch.manual_seed(1)
     np.random.seed(1)
-    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    states = random.getstate(), torch.get_rng_state(), str(np.random.get_state())
     assert all(torch.equal(run(seed), first[seed]) for seed in range(20))
     assert len({tensor.numpy().tobytes() for tensor in first}) == 20
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
-    assert (np.random.get_state()[1] == states[2]).all()
+    assert str(np.random.get_state()) == states[2]
     assert (image == before).all()
 
 
@@ -161,10 +172,20 @@ def test_an_affine_equals_a_slow_pixel_by_pixel_one(changes: dict[str, Any]) -> 
         assert np.mean((ours == 255) != (expected == 255)) < 0.01
 
 
+def test_an_affine_does_not_blur_a_larger_picture() -> None:
+    identity = settings(zoom=(1.0, 1.0 + 1e-12))  # takes the affine's way and changes nothing
+    for height, width, size in ((64, 64, 32), (48, 48, 32), (64, 64, 64)):
+        image = picture(height, width)
+        ours = augment(image, image_size=size, config=identity, rng=random.Random(0)).float()
+        plain = augment(image, image_size=size, config=settings(), rng=random.Random(0)).float()
+        assert ours.std() > 0.8 * plain.std()  # noise loses its contrast where it is blurred
+        assert (ours.mean() - plain.mean()).abs() < 1.5
+
+
 def test_affine_draws_stay_within_their_settings() -> None:
     rng = random.Random(0)
-    assert random_affine(32, settings(), rng) is None
-    maps = np.array([random_affine(32, settings(rotate_degrees=10.0, zoom=(0.8, 1.25), translate=0.1), rng)
+    assert random_affine(32, 32, settings(), rng) is None
+    maps = np.array([random_affine(32, 32, settings(rotate_degrees=10.0, zoom=(0.8, 1.25), translate=0.1), rng)
                      for _ in range(500)])  # (500, 6)
     angle = np.degrees(np.arctan2(-maps[:, 3], maps[:, 0]))
     zoom = 1 / np.sqrt(maps[:, 0] ** 2 + maps[:, 3] ** 2)
@@ -252,3 +273,59 @@ def test_colour_draws_follow_their_probability_and_strength() -> None:
         assert max(values) <= high
         assert max(values) - min(values) > 0.95 * (high - low)
     assert len({tuple(name for name, _ in steps) for steps in draws if steps}) == 6
+
+
+def test_white_stays_white_under_every_colour_change_with_keep_white() -> None:
+    image = picture()
+    image[:20] = 255
+    strong = {"colour_jitter": (0.5, 0.5, 0.5, 0.2), "colour_noise": 0.1, "gamma": 0.5, "grey": 0.3, "channel_shuffle": 0.5}
+    moved = lost = 0
+    for seed in range(20):
+        result = changed(image, seed, keep_white=True, **strong)
+        assert (result[:20] >= 254).all()  # a rounding of the matrix
+        moved += not np.array_equal(result[20:], image[20:])
+        lost += not np.array_equal(changed(image, seed, keep_white=False, **strong)[:20], image[:20])
+    assert moved == 20
+    assert lost > 10  # without it most are not kept
+
+
+def test_a_warp_of_no_strength_is_the_affine_and_a_strong_one_moves_grid_points_by_its_deviation() -> None:
+    config, size = settings(rotate_degrees=10.0, zoom=(0.8, 1.2), elastic=1e-9), 64
+    image = Image.fromarray(picture())
+    affine = random_affine(size, size, config, random.Random(3))
+    mesh = random_warp(size, size, affine, config, random.Random(4))
+    assert affine is not None
+    assert mesh is not None
+    straight = image.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR, fillcolor=(255,) * 3)
+    warped = image.transform((size, size), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=(255,) * 3)
+    inner = np.abs(np.asarray(straight, np.int64) - np.asarray(warped, np.int64))[16:48, 16:48]
+    assert inner.mean() < 8  # of 80 grey levels of noise: quads and maps round pixel centres differently
+    points = [mesh[0][1][0] for mesh in (random_warp(size, size, None, settings(elastic=0.05), random.Random(seed))
+                                         for seed in range(2000)) if mesh]
+    expected = 0.05 * size / math.sqrt(3)  # a normal times a uniform from 0 to 1: deviation / sqrt(3)
+    assert abs(np.std(points) - expected) < 0.1 * expected
+    assert random_warp(size, size, affine, settings(), random.Random(0)) is None
+
+
+def test_the_tone_curve_is_a_power_and_keeps_both_ends() -> None:
+    for keep_white in (False, True):
+        curve = random_tone(settings(gamma=0.5, keep_white=keep_white), random.Random(1))
+        assert curve is not None
+        exponent = math.exp(random.Random(1).uniform(-0.5, 0.5))
+        level = 100
+        wanted = 255 - 255 * (1 - level / 255) ** exponent if keep_white else 255 * (level / 255) ** exponent
+        assert (curve[0], curve[255]) == (0, 255)
+        assert abs(int(curve[level]) - wanted) <= 1
+    assert random_tone(settings(), random.Random(1)) is None
+
+
+def test_sharpness_goes_towards_and_away_from_the_3x3_mean() -> None:
+    image = picture()
+    mean = np.asarray(Image.fromarray(image).filter(ImageFilter.BoxBlur(1)), np.float64)
+    for seed in range(4):
+        rng = random.Random(seed)
+        augment(image, image_size=64, config=settings(), rng=rng)  # the draws before it
+        amount = rng.uniform(-0.5, 0.5)
+        wanted = image + amount * (mean - image)
+        found = changed(image, seed, sharpness=0.5)
+        assert np.abs(found - wanted).max() <= 1.0

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -435,30 +436,42 @@ def test_a_write_that_really_fails_half_way_leaves_nothing_behind(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000100", "latest"}
 
 
+SAVER = """
+import itertools, os, sys, torch
+from clipkit.training.checkpoint import prune_checkpoints, save_checkpoint
+for line in sys.stdin:
+    if os.fork() == 0:
+        for step in itertools.count(int(line) + 1):
+            save_checkpoint(sys.argv[1], step=step, model_state={"a": torch.full((300_000,), float(step))})
+            prune_checkpoints(sys.argv[1], keep=2)
+            if step == int(line) + 1:
+                print(os.getpid(), flush=True)
+    os.wait()
+    print("dead", flush=True)
+"""
+
+
 @pytest.mark.multiprocess
 def test_a_process_killed_while_it_saves_over_and_over_leaves_a_whole_checkpoint(tmp_path):
-    script = f"""
-import itertools, torch
-from clipkit.training.checkpoint import prune_checkpoints, save_checkpoint
-for step in itertools.count(1):
-    save_checkpoint({str(tmp_path)!r}, step=step, model_state={{"a": torch.full((300_000,), float(step))}})
-    prune_checkpoints({str(tmp_path)!r}, keep=2)
-    print(step, flush=True)
-"""
-    rng = random.Random(0)
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        with process.stdout:
-            process.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.0, 0.2))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        found = latest_good_checkpoint(tmp_path, pytest.fail)
-        assert found is not None
-        saved = load_checkpoint(found)
-        assert torch.equal(saved.model["a"], torch.full((300_000,), float(saved.step)))
+    rng, step = random.Random(0), 0
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SAVER, str(tmp_path)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process, process.stdin, process.stdout:
+        for _ in range(8):
+            process.stdin.write(f"{step}\n")
+            process.stdin.flush()
+            saver = int(process.stdout.readline())
+            time.sleep(rng.uniform(0.0, 0.1))
+            os.kill(saver, signal.SIGKILL)
+            assert process.stdout.readline() == "dead\n"
+            found = latest_good_checkpoint(tmp_path, pytest.fail)
+            assert found is not None
+            saved = load_checkpoint(found)
+            assert saved.step > step
+            step = saved.step
+            assert torch.equal(saved.model["a"], torch.full((300_000,), float(step)))
 
 
 def test_the_newest_and_every_nth_are_kept(tmp_path):

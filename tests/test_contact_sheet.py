@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor, ImageFont
 
-from clipkit.evaluation.contact_sheet import FONT_SIZE, GREEN, draw_contact_sheet, fit_text
+from clipkit.evaluation.contact_sheet import FONT_SIZE, GREEN, draw_contact_sheet, fit_text, without_accents
 from clipkit.evaluation.predictions import Prediction
 
 
@@ -51,6 +51,10 @@ def test_a_long_name_is_shortened_to_the_width() -> None:
     assert text.startswith(short[:-3])
     assert font.getlength(short) <= 100
     assert fit_text("cat", font, 100) == "cat"
+
+
+def test_accents_that_the_font_lacks_are_taken_off() -> None:
+    assert without_accents("piñata, Åland, “ok”") == "pinata, Aland, “ok”"
 
 
 def test_a_sheet_of_nothing_is_refused(tmp_path: Path) -> None:

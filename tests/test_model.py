@@ -160,3 +160,32 @@ def test_loading_what_is_not_there_says_what_to_give(tmp_path):
         load_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match="CoCa"):
         make_towers({**TINY, "multimodal_cfg": {}})
+
+
+def test_trimmed_text_gives_features_and_gradients_of_full_length():
+    """The slow way is open_clip's own encode_text over the whole context length."""
+    torch.manual_seed(0)
+    model = build_model(config=TINY)
+    assert model.trims_text
+    words = "a red square and two blue cats on the mat in the rain again".split()
+    tokens = model.tokenize([" ".join(words[:1 + index % 13]) for index in range(70)])
+    weights = torch.randn(70, 16)
+    gradients = []
+    for encode in (model.encode_text, lambda t: torch.nn.functional.normalize(model.towers.encode_text(t), dim=-1)):
+        model.zero_grad()
+        features = encode(tokens)
+        (features * weights).sum().backward()
+        gradients.append((features.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (ours, our_gradients), (full, full_gradients) = gradients
+    assert torch.allclose(ours, full, atol=1e-6)
+    assert our_gradients.keys() == full_gradients.keys()
+    for name, gradient in full_gradients.items():  # sums in another order: 1e-5 of the tensor's norm
+        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_only_causal_towers_that_pool_at_the_end_are_trimmed():
+    no_mask = {**TINY, "text_cfg": {**TINY_TEXT, "no_causal_mask": True}}
+    assert not build_model(config=no_mask).trims_text
+    assert not build_model(config={**TINY, "text_cfg": {**TINY_TEXT, "pool_type": "last"}}).trims_text
+    assert not build_model(config=CONFIGS["siglip"]).trims_text  # CustomTextCLIP
+    assert not build_model(config={**TINY, "text_cfg": {"kind": "cbow", "width": 8}}).trims_text

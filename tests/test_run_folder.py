@@ -119,16 +119,18 @@ def test_a_spoilt_config_is_named(text, message, tmp_path):
 
 
 HOLDER = """
-import fcntl, os, sys
+import fcntl, os, sys, time
 file = open(sys.argv[1] + "/.lock", "a+")
 fcntl.lockf(file, fcntl.LOCK_EX)
 file.truncate(0)
 file.write("process 4711 on laptop")
 file.flush()
-child = os.fork()
-if child == 0:  # as a loader worker that outlives its parent
+parent = os.getpid()
+if os.fork() == 0:  # as a loader worker that outlives its parent
     os.close(1)
-    os.read(0, 1)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    os.read(0, 1)  # until the test closes the pipe
     os._exit(0)
 print("held", flush=True)
 os.read(0, 1)
@@ -149,7 +151,7 @@ def test_a_run_that_another_process_writes_is_refused_until_that_process_is_gone
             open_run_folder(tmp_path, "emoji", config=CONFIG, identity=IDENTITY)
         process.stdin.write("x")
         process.stdin.flush()
-        process.wait()
+        process.wait(timeout=60)
         run = open_run_folder(tmp_path, "emoji", config=CONFIG, identity=IDENTITY)
     assert run.resumed
     assert run.lock is not None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -36,7 +37,6 @@ class Training(NamedTuple):
     timer: Any  # training.step_timer.StepTimer
     log: Any  # training.run_log.RunLog
     run_dir: Path
-    run: Any  # training.run_folder.Run with its lock; None on other ranks than 0
 
 
 def pretrain(config: PretrainConfig) -> int | None:
@@ -53,24 +53,26 @@ def pretrain(config: PretrainConfig) -> int | None:
     import torch
 
     from clipkit.training.distributed import start_process, stop_process
+    from clipkit.training.stop import EXIT_STOPPED
 
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     process = start_process(config.device, config.parallel.timeout_seconds)
-    try:
-        training, start = prepare(config, process)
-        if start < training.plan.total_steps:
-            code = train(training, start)
-            if code:
-                return code
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(stop_process)
+        training, start = prepare(config, process, cleanup)
+        if train(training, start) == EXIT_STOPPED:
+            return EXIT_STOPPED
         finish(training)
-    finally:
-        stop_process()
     return None
 
 
-def prepare(config: PretrainConfig, process: Any) -> tuple[Training, int]:
-    """Build everything, take up the newest checkpoint if there is one, and say what is about to happen."""
+def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack) -> tuple[Training, int]:
+    """Build everything, take up the newest checkpoint if there is one, and say what is about to happen.
+
+    Returns:
+      What the loop works with, and the step to begin at.
+    """
     import torch
 
     from clipkit.data.lanes import check_lanes, default_lanes
@@ -92,9 +94,15 @@ def prepare(config: PretrainConfig, process: Any) -> tuple[Training, int]:
     all_shards = list(chain.from_iterable(shards))
     lanes = data.lanes or default_lanes(max(map(len, shards)))
     check_lanes(lanes, size, process.world_size)
-    plan = make_plan(config.train, config.schedule, num_samples=count_samples(all_shards, data.cache_dir), lanes=lanes)
+    num_samples = count_samples(all_shards, data.cache_dir)
+    if num_samples == 0:
+        raise ValueError(f"no samples were found in {all_shards[0]}{' and the other shards' if all_shards[1:] else ''}; look "
+                         f"with: clipkit shards check data='{data.train[0]}'")
+    plan = make_plan(config.train, config.schedule, num_samples=num_samples, lanes=lanes)
     name = check_run_name(config.name or "emoji")
     run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process)
+    if run:
+        cleanup.callback(run.close)  # its lock
 
     torch.manual_seed(config.seed)  # the same weights on every process
     model = make_model(config).to(process.device)
@@ -114,14 +122,15 @@ def prepare(config: PretrainConfig, process: Any) -> tuple[Training, int]:
         world_size=process.world_size, local_world_size=process.local_world_size,
         pin_memory=process.device.type == "cuda", state=saved.state["loader"] if saved else None)
     run_dir = Path(config.runs_dir) / name
-    log = RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
-                 config=dataclasses.asdict(config), is_main=process.is_main)
+    log = cleanup.enter_context(RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
+                                       config=dataclasses.asdict(config), is_main=process.is_main))
     log.say(summary(model, plan, cost, train=config.train, schedule=config.schedule, lr=config.optim.lr, shards=shards,
                     world_size=process.world_size, device=str(process.device), workers=loader.workers))
     if saved:
-        log.say(f"goes on at step {start:,} from {saved.path}")
+        finished = start == plan.total_steps
+        log.say(f"finished  {saved.path} is the last" if finished else f"goes on   at step {start:,}, from {saved.path}")
     return Training(config, process, model, make_parallel(config, process, model), optimizer, average, loader, plan,
-                    all_shards, StepTimer(), log, run_dir, run), start
+                    all_shards, StepTimer(), log, run_dir), start
 
 
 def train(t: Training, start: int) -> int | None:
@@ -145,7 +154,8 @@ def train(t: Training, start: int) -> int | None:
                           checkpoint_steps=config.checkpoint.every_steps,
                           checkpoint_minutes=config.checkpoint.every_minutes, world_size=t.process.world_size)
     watch = Watch(log=log, timer=t.timer, plan=plan, start=start, lr=config.optim.lr, masked=masked,
-                  workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode)
+                  workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode,
+                  chance_loss=math.log(plan.global_batch_size) if config.loss.name == "clip" else None)
     if start == 0:
         evaluate_and_log(t, 0)
     t.parallel.train()
@@ -176,13 +186,14 @@ def train(t: Training, start: int) -> int | None:
                     save(t, done)
             if due.stop:
                 log.say(f"stopped at step {done:,}; run the same command again to go on")
-                log.close()
                 return EXIT_STOPPED
     return None
 
 
 def make_model(config: PretrainConfig) -> Any:
     """Build the towers and lock what is to be locked."""
+    import torch
+
     from clipkit.model.build import build_model, lock_towers
 
     settings = config.model
@@ -195,6 +206,8 @@ def make_model(config: PretrainConfig) -> Any:
         model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
     if config.train.activation_checkpointing:
         model.towers.set_grad_checkpointing(True)
+    if config.train.channels_last:  # before the optimizer is made or taken up: its state has the weights' layout
+        model.towers.visual.to(memory_format=torch.channels_last)
     return model
 
 
@@ -203,8 +216,6 @@ def make_parallel(config: PretrainConfig, process: Any, model: Any) -> Any:
     import torch
 
     parallel = model
-    if config.train.channels_last:
-        model.towers.visual.to(memory_format=torch.channels_last)
     if process.world_size > 1:
         on_gpu = process.device.type == "cuda"
         if on_gpu and config.parallel.sync_batch_norm:
@@ -254,16 +265,18 @@ def finish(t: Training) -> None:
     results = evaluate(model, settings.final_tasks, batch_size=settings.batch_size, cache_dir=cache_dir)
     if not t.process.is_main:
         return
-    if t.log.last_step == t.plan.total_steps and not folder.exists():
-        t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, results))
-    t.log.close()
     if results:
+        if not (folder / "results.csv").exists():  # else this is a look at a finished run
+            t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, results))
         provenance = Provenance(t.run_dir.name, None, "fp32", model.source_sha256, t.plan.total_steps, __version__)
         write_results(folder, results, provenance)
         draw_contact_sheet(predict(model, settings.final_tasks[0], cache_dir=cache_dir), t.run_dir / "predictions.png",
                            title=f"{t.run_dir.name}: {settings.final_tasks[0]}, three nearest texts")
         print("\n" + results_table([*results, *emoji_pixel_baselines(settings.final_tasks)]))
     plot_curves(t.run_dir)
-    print(f"\nmodel     {t.run_dir / 'model'}\npictures  {t.run_dir / 'predictions.png'}, {t.run_dir / 'curves.png'}\n"
+    sheet = f", {t.run_dir / 'predictions.png'}" if results else ""
+    print(f"\nmodel     {t.run_dir / 'model'} (open_clip: local-dir:{t.run_dir / 'model'})\n"
+          f"pictures  {t.run_dir / 'curves.png'}{sheet}\n"
           f"next      tensorboard --logdir {t.run_dir}\n"
-          f"          python -c \"import clipkit; print(clipkit.load_model('{t.run_dir}').encode_text\"\n")
+          f"          python -c \"import clipkit, PIL.Image as P; m = clipkit.load_model('{t.run_dir}'); "
+          "print(clipkit.zero_shot_classifier(m, ['a cat', 'a dog'])([P.open('photo.png')]))\"")

@@ -4,11 +4,17 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipkit.config.launch import EXIT_BAD_INPUT, launch
 from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
+
+if TYPE_CHECKING:
+    from clipkit.data.check import BadCount
+    from clipkit.data.tables import Record
+    from clipkit.data.write import ShardWriter
 
 CAPTIONED_SHARDS = "shard-{:06d}.tar"
 BENCHMARK_SPLIT, BENCHMARK_SHARDS = "test", "{}.tar"  # CLIP_benchmark's layout of a labelled set
@@ -76,14 +82,15 @@ def write_shards(config: ShardsWriteConfig) -> None:
     print("\n".join(["next:", *(f"  {line}" for line in next_commands(out, list(writer.sizes), source.classnames))]))
 
 
-def write_samples(records, num_records: int, writer, bad, config: ShardsWriteConfig) -> None:
+def write_samples(records: "Iterable[Record]", num_records: int, writer: "ShardWriter", bad: "BadCount",
+                  config: ShardsWriteConfig) -> None:
     """Write each record that can be used, and count the others by cause.
 
     Args:
-      records: Iterable[Record].
+      records: what the source holds.
       num_records: how many there will be.
-      writer: ShardWriter.
-      bad: BadCount; is added to.
+      writer: takes the good ones.
+      bad: is added to.
       config: image_size, max_pixels, max_bad_fraction.
 
     Raises:
@@ -111,8 +118,8 @@ def write_samples(records, num_records: int, writer, bad, config: ShardsWriteCon
                          f"{', '.join(f'{cause} {count:,}' for cause, count in bad.counts.items())}")
 
 
-def sample_members(record, config: ShardsWriteConfig) -> dict[str, bytes]:
-    """The archive members of one Record: picture and label, or picture, caption and the table's other columns."""
+def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, bytes]:
+    """The archive members of one record: picture and label, or picture, caption and the table's other columns."""
     from clipkit.data.tables import read_captions, read_picture
     from clipkit.data.write import picture_member
 
@@ -152,7 +159,7 @@ def check_shards(config: ShardsCheckConfig) -> int:
     from clipkit.training.live_line import LiveLine
 
     shards = expand_shards(config.data, allow_pipe=config.allow_pipe)
-    print(f"shards: {len(shards):,}", flush=True)
+    print(f"shards: {len(shards):,}; loading the tokenizer", flush=True)
     from clipkit.data.tokenize import make_tokenizer
 
     encode = make_tokenizer({}).tokenizer.encode
@@ -171,7 +178,7 @@ def check_shards(config: ShardsCheckConfig) -> int:
     return EXIT_BAD_SAMPLES if report.bad.total else 0
 
 
-def _check_bad(bad, count: int, max_bad_fraction: float) -> None:
+def _check_bad(bad: "BadCount", count: int, max_bad_fraction: float) -> None:
     if bad.total > max_bad_fraction * count:
         found = ", ".join(f"{cause} {number:,} (as {bad.examples[cause][0]})" for cause, number in
                           bad.counts.most_common(3))

@@ -14,9 +14,14 @@ class AugmentConfig:
     translate: float = setting("largest shift either way, as a share of the side", fraction)
     zoom: tuple[float, float] = setting("smallest and largest zoom", positive)
     shear_degrees: float = setting("largest shear either way", at_least(0))
+    elastic: float = setting("standard deviation of a smooth random warp, as a share of the side", at_least(0))
     colour_jitter: tuple[float, float, float, float] = setting(
         "strength of brightness, contrast, saturation and hue changes (torchvision's meaning)", at_least(0))
     colour_jitter_probability: float = setting("probability of the colour jitter", fraction)
+    colour_noise: float = setting("standard deviation of a random mixing of the colour channels", at_least(0))
+    gamma: float = setting("largest logarithm of the exponent that bends the tone curve", at_least(0))
+    sharpness: float = setting("largest blur or sharpening, as a share of a 3x3 mean", at_least(0))
+    keep_white: bool = setting("colour changes leave white as it is: for drawings on a white ground")
     grey: float = setting("probability of a grey image", fraction)
     channel_shuffle: float = setting("probability of permuted colour channels", fraction)
 

@@ -5,21 +5,27 @@ Each is off at its neutral setting; with all of them off the result is the resiz
 
 import math
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from clipkit.config.data import AugmentConfig
 from clipkit.data.decode import crop_and_resize
 
 IDENTITY = np.eye(3)
+LEVELS = np.arange(256) / 255
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, the grey of torchvision and Pillow
 RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])  # NTSC
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 WHITE = (255, 255, 255)
+# The warp reads small pictures at up to twice the final size, so that it does not blur them. Above this side, pixels,
+# the resize to that size would cost more than the decoder, and they are read at the final size.
+WARP_MAX_OVERSAMPLED = 128
+WARP_CELLS = 3  # a side
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
@@ -36,21 +42,25 @@ def augment(image: np.ndarray, *, image_size: int, config: AugmentConfig, rng: r
       (3, image_size, image_size) uint8, contiguous.
     """
     box = random_crop_box(image.shape[0], image.shape[1], config.crop_scale, config.crop_ratio, rng)
-    pixels = crop_and_resize(image, box, image_size)  # (3, S, S), channels last
-    if rng.random() < config.flip:
-        pixels = pixels.flip(2)
-    affine = random_affine(image_size, config, rng)
+    flip = rng.random() < config.flip
+    work_size = max(image_size, min(2 * image_size, WARP_MAX_OVERSAMPLED, *box[2:]))
+    affine = random_affine(work_size, image_size, config, rng)
+    mesh = random_warp(image_size, work_size, affine, config, rng)
+    tone = random_tone(config, rng)
     colour_steps = random_colour(config, rng)
-    if affine or colour_steps:
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # Pillow: 2 to 3 times faster here than torch, numpy
-        if affine:
-            picture = picture.transform(picture.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR,
-                                        fillcolor=WHITE)
-        if colour_steps:
-            mean_colour = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-            matrix = colour_matrix(colour_steps, np.array(mean_colour, dtype=np.float64))  # (3, 4)
-            picture = picture.convert("RGB", tuple(matrix.ravel().tolist()))
+    blur = rng.uniform(-config.sharpness, config.sharpness) if config.sharpness else 0.0
+    pixels = crop_and_resize(image, box, work_size if affine or mesh else image_size)  # (3, S, S), channels last
+    if affine or mesh or tone is not None or colour_steps or blur:
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # Pillow is 2 to 3 times faster here than torch
+        if affine or mesh:
+            kind, data = (Image.Transform.MESH, mesh) if mesh else (Image.Transform.AFFINE, affine)
+            picture = picture.transform((image_size, image_size), kind, data, Image.Resampling.BILINEAR, fillcolor=WHITE)
+        picture = recolour(picture, tone, colour_steps, config.keep_white)
+        if blur:
+            picture = Image.blend(picture, picture.filter(ImageFilter.BoxBlur(1)), blur)  # below 0: sharper
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if flip:
+        pixels = pixels.flip(2)
     return pixels.contiguous()
 
 
@@ -81,11 +91,12 @@ def random_crop_box(height: int, width: int, scale: tuple[float, float], ratio: 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_affine(size: int, config: AugmentConfig, rng: random.Random) -> tuple[float, ...] | None:
+def random_affine(size: int, image_size: int, config: AugmentConfig, rng: random.Random) -> tuple[float, ...] | None:
     """Draw a rotation, shear, zoom and shift about the centre, as one map.
 
     Args:
-      size: side of the picture, pixels.
+      size: side of the picture that is read, pixels.
+      image_size: side of the result, pixels.
       config: rotate_degrees, shear_degrees, translate (uniform either way) and zoom (uniform between its two values).
       rng: source of randomness.
 
@@ -103,7 +114,58 @@ def random_affine(size: int, config: AugmentConfig, rng: random.Random) -> tuple
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     a, b, d, e = cos + shear * sin, sin - shear * cos, -sin, cos
     x, y = size / 2 + shift_x, size / 2 + shift_y  # where the centre goes
-    return a, b, size / 2 - a * x - b * y, d, e, size / 2 - d * x - e * y
+    scale = size / image_size
+    return scale * a, scale * b, size / 2 - a * x - b * y, scale * d, scale * e, size / 2 - d * x - e * y
+
+
+def random_warp(image_size: int, size: int, affine: tuple[float, ...] | None, config: AugmentConfig,
+                rng: random.Random) -> list[tuple[tuple[int, ...], tuple[float, ...]]] | None:
+    """Draw a smooth elastic warp on a coarse grid, on top of the affine map.
+
+    Args:
+      image_size: side of the result, pixels.
+      size: side of the picture that is read, pixels.
+      affine: as `random_affine` gives it; None = the plain resize.
+      config: elastic, the largest standard deviation of a grid point's shift; each picture draws its own up to that.
+      rng: source of randomness.
+
+    Returns:
+      Pillow's MESH: (box of the result, corners in the source from the top left counter-clockwise) of each grid cell.
+      None where `elastic` is 0.
+    """
+    if not config.elastic:
+        return None
+    a, b, c, d, e, f = affine or (size / image_size, 0, 0, 0, size / image_size, 0)
+    strength = rng.random() * config.elastic * size
+    edges = [round(image_size * number / WARP_CELLS) for number in range(WARP_CELLS + 1)]
+    source = {(x, y): (a * x + b * y + c + rng.gauss(0, strength), d * x + e * y + f + rng.gauss(0, strength))
+              for y in edges for x in edges}
+    return [((left, top, right, bottom),
+             (*source[left, top], *source[left, bottom], *source[right, bottom], *source[right, top]))
+            for top, bottom in pairwise(edges) for left, right in pairwise(edges)]
+
+
+def random_tone(config: AugmentConfig, rng: random.Random) -> np.ndarray | None:
+    """Draw a tone curve: x ** g of each channel, log g uniform within +-config.gamma. (256,) uint8, or None."""
+    if not config.gamma:
+        return None
+    exponent = math.exp(rng.uniform(-config.gamma, config.gamma))
+    levels = 1 - LEVELS if config.keep_white else LEVELS
+    curve = levels**exponent  # (256,)
+    return (255 * (1 - curve if config.keep_white else curve) + 0.5).astype(np.uint8)
+
+
+def recolour(picture: Image.Image, tone: np.ndarray | None, steps: list[tuple[str, Any]], keep_white: bool) -> Image.Image:
+    """Apply a tone curve, then the colour changes as one matrix; with `keep_white` to the distance from white."""
+    if tone is not None:
+        picture = Image.fromarray(tone[np.asarray(picture)])
+    if not steps:
+        return picture
+    mean_colour = np.zeros(3) if keep_white else np.array(picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+    matrix = colour_matrix(steps, mean_colour)  # (3, 4)
+    if keep_white:  # 255 - M (255 - x) = M x + 255 (1 - M 1); contrast is then about white
+        matrix[:, 3] = 255 * (1 - matrix[:, :3].sum(axis=1))
+    return picture.convert("RGB", tuple(matrix.ravel().tolist()))
 
 
 def random_colour(config: AugmentConfig, rng: random.Random) -> list[tuple[str, Any]]:
@@ -111,7 +173,7 @@ def random_colour(config: AugmentConfig, rng: random.Random) -> list[tuple[str, 
 
     Args:
       config: colour_jitter (brightness, contrast, saturation, hue: factors and ranges of torchvision's ColorJitter, in
-        random order) with colour_jitter_probability; then the probabilities of channel_shuffle and grey.
+        random order) with colour_jitter_probability; then colour_noise, and the probabilities of channel_shuffle, grey.
       rng: source of randomness.
 
     Returns:
@@ -125,6 +187,8 @@ def random_colour(config: AugmentConfig, rng: random.Random) -> list[tuple[str, 
         if hue:
             steps.append(("hue", rng.uniform(-hue, hue)))
         rng.shuffle(steps)
+    if config.colour_noise:
+        steps.append(("mixing", [[rng.gauss(0, config.colour_noise) for _ in range(3)] for _ in range(3)]))
     if rng.random() < config.channel_shuffle:
         steps.append(("channels", rng.sample(range(3), 3)))
     if rng.random() < config.grey:
@@ -141,7 +205,7 @@ def colour_matrix(steps: list[tuple[str, Any]], mean_colour: np.ndarray) -> np.n
 
     Args:
       steps: ("brightness" | "contrast" | "saturation", factor), 1 = unchanged; ("hue", turns), from -0.5 to 0.5;
-        ("channels", permutation of 0, 1, 2).
+        ("mixing", 3x3 added to the identity); ("channels", permutation of 0, 1, 2).
       mean_colour: (3,) mean of the picture, 0 .. 255; contrast changes about its grey.
 
     Returns:
@@ -160,6 +224,8 @@ def colour_matrix(steps: list[tuple[str, Any]], mean_colour: np.ndarray) -> np.n
         elif name == "hue":
             cos, sin = math.cos(2 * math.pi * value), math.sin(2 * math.pi * value)
             step = YIQ_TO_RGB @ np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ RGB_TO_YIQ
+        elif name == "mixing":
+            step = IDENTITY + np.array(value)
         else:
             step = IDENTITY[value]
         matrix, offset = step @ matrix, step @ offset + shift

@@ -173,7 +173,7 @@ def check_shards(shards: Iterable[Iterable[RawSample | BadSample]], *, count_tok
 
 
 def _spread(name: str, values: Sequence[int] | array | np.ndarray) -> str:
-    low, middle, high, top = np.percentile(np.asarray(values), (0, 50, 95, 100))
+    low, middle, high, top = np.percentile(np.asarray(values), (0, 50, 95, 100), method="inverted_cdf")  # values that occur
     return f"{name:<20}{low:>8,.0f}{middle:>8,.0f}{high:>8,.0f}{top:>8,.0f}"
 
 

@@ -104,7 +104,7 @@ class TrainLoader:
     """Iterate for this rank's Batches, without end. Make it with make_train_loader.
 
     Iterating raises DataError (a ValueError) when there is nothing to read, or when, after the first 100 samples of
-    this rank, more than data.max_bad_fraction of them are bad.
+    this rank, more than data.max_bad_fraction of them are bad; and RuntimeError when a worker process died.
 
     Attributes:
       last_bad: by cause, the last BadSample that this process met.
@@ -137,7 +137,11 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._parts is None:
             self._parts = _read_ahead(self._streams, self._positions, self.workers)
-        parts = [next(self._parts) for _ in range(max(1, self.workers))]
+        try:
+            parts = [next(self._parts) for _ in range(max(1, self.workers))]
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # as torch meets a worker that dies while it sends
+            raise RuntimeError(f"a DataLoader worker died ({error!r}); it may have run out of memory, main or shared: "
+                               "lower data.workers or data.block_samples") from error
         self._positions = {lane: position for part in parts for lane, position in part.positions.items()}
         for part in parts:
             self.last_bad.update(part.bad)

@@ -273,4 +273,4 @@ def _csv_rows(path: Path, separator: str) -> Iterator[list[str]]:
         except csv.Error as error:
             raise ValueError(f"table {str(path)!r}, line {rows.line_num}: {error}; is a quote not closed?") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"table {str(path)!r} is not UTF-8 (line {rows.line_num + 1}); convert it first") from error
+            raise ValueError(f"table {str(path)!r} is not UTF-8 ({error}); convert it first") from error

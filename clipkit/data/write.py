@@ -51,7 +51,7 @@ class ShardWriter:
         """
         if self._tar is None:
             path = self._unfinished / self.name.format(len(self.sizes))
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (lives over many calls)
         for suffix, content in members.items():
             member = tarfile.TarInfo(f"{self.num_samples:09d}.{suffix}")  # time 0, no owner: the same bytes each time
             member.size = len(content)

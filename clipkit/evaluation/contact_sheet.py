@@ -1,5 +1,6 @@
 """predictions.png: pictures with the names that a model gives them, right ones green. Pillow alone."""
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int,
     font = ImageFont.load_default(FONT_SIZE)
     for number, (text, colour) in enumerate(lines):
         place = (left, top + PICTURE_SIZE + 5 + number * LINE_HEIGHT)
-        draw.text(place, fit_text(text, font, CELL_WIDTH - MARGIN), colour, font)
+        draw.text(place, fit_text(without_accents(text), font, CELL_WIDTH - MARGIN), colour, font)
 
 
 def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
@@ -74,3 +75,8 @@ def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
         return text
     end = next((end for end in range(len(text) - 1, 0, -1) if font.getlength(text[:end].rstrip() + "...") <= width), 0)
     return text[:end].rstrip() + "..."
+
+
+def without_accents(text: str) -> str:
+    """Take accents off letters ("piñata" becomes "pinata"): the built-in font lacks them."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.model.trim import can_trim, encode_trimmed
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -48,6 +50,7 @@ class ImageTextModel(nn.Module):
             values = torch.tensor(preprocess_cfg[name])[:, None, None]
             self.register_buffer(name, values, persistent=False)
         self._preprocess: Any = None
+        self.trims_text = can_trim(towers)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
         """Embed pairs: images (B, 3, H, W), uint8 or preprocessed; tokens (B, L)."""
@@ -62,7 +65,9 @@ class ImageTextModel(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embed token ids (B, L). (B, D) unit norm."""
-        return F.normalize(self.towers.encode_text(tokens).float(), dim=-1)
+        trimmed = self.trims_text and tokens.device.type == "cpu"
+        features = encode_trimmed(self.towers, tokens) if trimmed else self.towers.encode_text(tokens)
+        return F.normalize(features.float(), dim=-1)
 
     def preprocess(self, image: "Image") -> Tensor:
         """Resize, crop and normalise a picture exactly as open_clip evaluates it. (3, H, W) float."""

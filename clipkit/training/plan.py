@@ -47,8 +47,8 @@ def summary(model: ImageTextModel, plan: Plan, cost: StepCost, *, train: TrainCo
     processes = f"{world_size} processes" if world_size > 1 else "one process"
     time_text = f", about {duration_text(cost.seconds * plan.total_steps)}" if cost.seconds else ""
     lines = [
-        f"model     {counts['image'] / 1e6:.1f} M image + {counts['text'] / 1e6:.1f} M text parameters, "
-        f"{counts['learning'] / 1e6:.1f} M learn; {model.image_size} px, {model.tokenize.context_length} tokens",
+        f"model     {counts['image'] / 1e6:.2f} M image + {counts['text'] / 1e6:.2f} M text parameters, "
+        f"{counts['learning'] / 1e6:.2f} M learn; {model.image_size} px, {model.tokenize.context_length} tokens",
         f"data      {num_shards} shards, {found}, {plan.lanes} lanes, {workers} loader workers a process",
         f"schedule  {plan.total_steps:,} steps of {plan.global_batch_size:,} pairs{epochs}; lr {lr:g}, {schedule.name}, "
         f"{plan.warmup_steps:,} steps of warm-up",

@@ -1,6 +1,5 @@
 """Looks at the run at every log line: adds its speed, and warns when it does not do well."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +18,12 @@ class Watch:
     """Keeps what the diagnoses need: the losses so far, and the rates since the last look."""
 
     def __init__(self, *, log: RunLog, timer: StepTimer, plan: Plan, start: int, lr: float, masked: bool, workers: int,
-                 local_world_size: int, decode: str) -> None:
+                 local_world_size: int, decode: str,
+                 chance_loss: float | None) -> None:
         self.log, self.timer, self.plan, self.seen, self.start = log, timer, plan, start, start
         self.lr, self.masked, self.workers, self.decode = lr, masked, workers, decode
         self.cores = max(1, (os.cpu_count() or 1) // local_world_size)
+        self.chance_loss = chance_loss  # of a model that knows nothing; None: not judged
         self.losses: list[float] = []
 
     def look(self, done: int, metrics: Mapping[str, Any], features: Features, batch: Batch) -> dict[str, Any]:
@@ -33,11 +34,12 @@ class Watch:
         if done - self.start >= STEPS_BEFORE_JUDGING:
             self._warn(loader_bottleneck(rates.data_wait_fraction, samples_per_second=rates.samples_per_second,
                                          workers=self.workers, cores=self.cores, decode=self.decode), "loader")
-        self._warn(flat_loss(self.losses, chance_loss=math.log(self.plan.global_batch_size), step=done,
-                             total_steps=self.plan.total_steps, warmup_steps=self.plan.warmup_steps,
-                             learning_rate=self.lr, image_features=features.image_features.detach(),
-                             text_features=features.text_features.detach(),
-                             duplicate_fraction=None if self.masked else duplicate_captions(batch.tokens)), "loss")
+        if self.chance_loss is not None and "loss" not in self.log.told:
+            self._warn(flat_loss(self.losses, chance_loss=self.chance_loss, step=done, total_steps=self.plan.total_steps,
+                                 warmup_steps=self.plan.warmup_steps, learning_rate=self.lr,
+                                 image_features=features.image_features.detach(),
+                                 text_features=features.text_features.detach(),
+                                 duplicate_fraction=None if self.masked else duplicate_captions(batch.tokens)), "loss")
         return {**metrics, "samples_per_second": rates.samples_per_second, "data_wait_fraction": rates.data_wait_fraction}
 
     def _warn(self, text: str | None, trouble: str) -> None:

@@ -1,0 +1,109 @@
+"""What the README and docs/ show: their Python runs, their commands are understood, their links lead somewhere."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.slow
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def command_lines() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.strip()))
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch, tiny_model):
+    """A folder with runs/emoji of a tiny model and a picture, as the current one."""
+    from PIL import Image
+
+    from clipkit.model.folder import save_model_folder
+
+    save_model_folder(tiny_model, tmp_path / "runs" / "emoji" / "model")
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_runs(page, run_folder):
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), {"__name__": "page"})
+
+
+def test_the_readme_s_open_clip_lines_give_the_features_of_its_clipkit_lines(run_folder):
+    from PIL import Image
+
+    names: dict = {"__name__": "page"}
+    ours, theirs = blocks(ROOT / "README.md", "python")
+    exec(ours, names)
+    image_features, text_features = names["image_features"], names["text_features"]
+    exec(theirs, names)
+    names["model"].eval()
+    with torch.no_grad():
+        image = names["model"].encode_image(names["preprocess"](Image.open("picture.png"))[None], normalize=True)
+        text = names["model"].encode_text(names["tokenizer"](["a dog", "an umbrella"]), normalize=True)
+    torch.testing.assert_close(image, image_features, atol=1e-5, rtol=0)  # fp32, other order of sums
+    torch.testing.assert_close(text, text_features, atol=1e-5, rtol=0)
+
+
+def test_the_loss_shown_is_the_loss_used():
+    from clipkit.losses import clip_loss
+
+    names: dict = {"__name__": "page"}
+    exec(blocks(ROOT / "docs" / "clip.md", "python")[0], names)
+    features = torch.nn.functional.normalize(torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    scale = torch.tensor(14.0)
+    torch.testing.assert_close(names["clip_loss"](*features, scale), clip_loss(*features, scale), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
+    """`make` targets exist; `clipkit` and `torchrun ... -m clipkit` lines compose."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+        return
+    arguments = words[words.index("clipkit") + 1:]
+    command = arguments.pop(0) if arguments[0] == "pretrain" else "/".join([arguments.pop(0), arguments.pop(0)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clipkit"])
+    composed = compose(command, arguments)
+    assert composed or {"--help", "--cfg"} & set(arguments), capsys.readouterr().err
+
+
+def compose(command: str, arguments: list[str]) -> list:
+    from clipkit.commands.pretrain import IMPLIED
+    from clipkit.config import PretrainConfig
+    from clipkit.config.launch import launch
+    from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
+
+    schema = {"pretrain": PretrainConfig, "shards/write": ShardsWriteConfig, "shards/check": ShardsCheckConfig}[command]
+    found: list = []
+    try:
+        launch(command, schema, lambda config: found.append(config), arguments, IMPLIED if command == "pretrain" else None)
+    finally:
+        GlobalHydra.instance().clear()
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+def test_the_readme_has_no_gaps():
+    assert "TODO" not in (ROOT / "README.md").read_text(encoding="utf-8")
