@@ -24,8 +24,10 @@ help: ## list the targets and variables
 	@echo '  PYTHON=python3.12                     the Python that makes the environment'
 	@echo '  VENV=.venv                            where the environment is'
 	@echo '  UV_TORCH_BACKEND=cpu                  torch without CUDA, about 0.5 GB in all (also cu126, cu130, rocm..., auto)'
-	@echo '  TORCH="torch==2.13.0+cpu"             exact builds; torchvision follows torch'
+	@echo '  TORCH="torch==2.13.0+cpu torchvision==0.28.0+cpu"   exact builds; give both, of one kind'
 	@echo '  TORCH_INDEX=<index>                   a further package index, for such builds'
+	@echo
+	@echo 'The build of torch is chosen when .venv is made; make clean, to choose anew.'
 
 install: $(INSTALLED) ## make .venv and install clipkit in it, editable, with what it needs
 
@@ -58,6 +60,6 @@ $(INSTALLED): pyproject.toml
 		{ echo '$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 	@$(UV) pip install $(TORCH_OPTIONS) -e '.[dev]'
-	@$(BIN)/python -c 'import torch, torchvision as v; print("Ready: torch", torch.__version__, "torchvision", v.__version__)' || \
-		{ echo 'torch and torchvision do not fit together; give both: make TORCH="torch==... torchvision==..."' >&2; exit 1; }
+	@$(BIN)/python -c 'import torch, torchvision as v; print("Ready: torch", torch.__version__, "torchvision", v.__version__)' \
+		2>/dev/null || { echo 'torch and torchvision are not of one build; give both, see TORCH in make help' >&2; exit 1; }
 	@touch $@

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from clipkit.config.data import AugmentConfig, DataConfig
+from clipkit.data import loader as loader_module
 from clipkit.data.lanes import Lane
 from clipkit.data.loader import DataError, TrainLoader, default_workers, make_train_loader, merge_states
 from clipkit.data.samples import Example, make_example
@@ -209,7 +210,8 @@ def _iterate_with_a_worker_killed(sources: list[list[str]], mark: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_dead_worker_is_an_error_and_no_hang(sources, tmp_path):
+def test_a_dead_worker_is_an_error_and_no_hang(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "SIGTERM_GRACE_SECONDS", 1)
     # In a process of its own: torch raises its error from a signal handler, anywhere in the main thread.
     child = multiprocessing.get_context("fork").Process(target=_iterate_with_a_worker_killed,
                                                         args=(sources, tmp_path / "mark"))

@@ -268,11 +268,12 @@ def finish(t: Training) -> None:
     if results:
         if not (folder / "results.csv").exists():  # else this is a look at a finished run
             t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, results))
+        results += emoji_pixel_baselines(settings.final_tasks)
         provenance = Provenance(t.run_dir.name, None, "fp32", model.source_sha256, t.plan.total_steps, __version__)
         write_results(folder, results, provenance)
         draw_contact_sheet(predict(model, settings.final_tasks[0], cache_dir=cache_dir), t.run_dir / "predictions.png",
                            title=f"{t.run_dir.name}: {settings.final_tasks[0]}, three nearest texts")
-        print("\n" + results_table([*results, *emoji_pixel_baselines(settings.final_tasks)]))
+        print("\n" + results_table(results))
     plot_curves(t.run_dir)
     sheet = f", {t.run_dir / 'predictions.png'}" if results else ""
     print(f"\nmodel     {t.run_dir / 'model'} (open_clip: local-dir:{t.run_dir / 'model'})\n"

@@ -69,8 +69,10 @@ def one_line_errors() -> Iterator[None]:
 def usage(command: str, schema: type, groups: Mapping[str, Sequence[str]]) -> str:
     """List a command's settings groups with their choices, and its settings with their meaning."""
     lines = [f"clipkit {command.replace('/', ' ')} [group=choice ...] [setting=value ...]"]
-    if groups:
-        lines += ["", "groups:", *(f"  {name:<12} {' | '.join(choices)}" for name, choices in sorted(groups.items()))]
+    names = {key.split(".")[0] for key in leaves(schema)}
+    used = {name: choices for name, choices in sorted(groups.items()) if name == "experiment" or name in names}
+    if used:
+        lines += ["", "groups:", *(f"  {name:<12} {' | '.join(choices)}" for name, choices in used.items())]
     lines += ["", "settings:"]
     for key, (_, item) in leaves(schema).items():
         allowed = item.metadata["check"][0] if item.metadata["check"] else ""

@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
+from clipkit.config.checkpoint import CheckpointConfig
 from clipkit.config.data import DataConfig
+from clipkit.config.evaluation import EvaluationConfig
+from clipkit.config.log import LogConfig
 from clipkit.config.loss import LossConfig
 from clipkit.config.model import ModelConfig
 from clipkit.config.optim import OptimConfig
+from clipkit.config.parallel import ParallelConfig
 from clipkit.config.schedule import ScheduleConfig
 from clipkit.config.schema import setting
-from clipkit.config.train import CheckpointConfig, EvaluationConfig, LogConfig, ParallelConfig, TrainConfig
+from clipkit.config.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings of the training loop, of several processes, evaluation, checkpoints and logs."""
+"""Settings of the training loop."""
 
 from dataclasses import dataclass
 
@@ -24,36 +24,3 @@ class TrainConfig:
         if (self.samples is None) == (self.epochs is None):
             raise ValueError(f"give one of train.samples (now {self.samples}) and train.epochs (now {self.epochs}); "
                              "set the other to null")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    sync_batch_norm: bool = setting("share batch statistics between GPUs", runtime=True)
-    timeout_seconds: float = setting("how long a process waits for the others before it ends with an error", positive,
-                                     runtime=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    tasks: tuple[str, ...] = setting("tasks evaluated before the first step and then on: emoji_val, or held-out shards",
-                                     runtime=True)
-    final_tasks: tuple[str, ...] = setting("tasks evaluated once, at the end", runtime=True)
-    every: int | None = setting("steps between evaluations; null = an eighth of the run", positive, runtime=True)
-    batch_size: int = setting("images encoded at once", positive, runtime=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every_steps: int | None = setting("steps between checkpoints; null = by time alone", positive, runtime=True)
-    every_minutes: float | None = setting("minutes between checkpoints; null = by steps alone", positive, runtime=True)
-    keep: int = setting("newest checkpoints that are kept", at_least(1), runtime=True)
-    keep_every_steps: int | None = setting("checkpoints at multiples of this are kept for good; null = none", positive,
-                                           runtime=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    every: int = setting("steps between log lines; the only steps at which the host waits for the device", positive,
-                         runtime=True)
-    to: tuple[str, ...] = setting("where curves go, beside metrics.jsonl", choices=("tensorboard", "wandb"),
-                                  runtime=True)

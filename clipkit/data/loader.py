@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_DEFAULT_WORKERS = 8
 MIN_SEEN = 100  # samples before a share of bad ones is judged
+SIGTERM_GRACE_SECONDS = 30  # what Slurm and torchrun leave between SIGTERM and SIGKILL
 PARTS_AHEAD = 2  # parts of batches that each worker prepares ahead
 
 
@@ -195,10 +197,16 @@ def _read_ahead(streams: "LaneStreams", positions: dict[str, dict[str, Any]], wo
 
 
 def _start_worker(_worker: int) -> None:
-    """Leave Ctrl-C and the first SIGTERM to the main process, which saves and then ends its workers."""
+    """Leave Ctrl-C and SIGTERM, which schedulers send to all processes, to the main process: it saves, then ends these."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(_signal: int, _frame: FrameType | None) -> None:
+    """Work on for a while after the first SIGTERM; a second one ends the process, and so does the alarm."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(SIGTERM_GRACE_SECONDS)
 
 
 class _WorkerParts(IterableDataset):

@@ -137,15 +137,20 @@ def _draw_in_batch_accuracy(axes: "Axes", records: Sequence[dict[str, Any]]) -> 
 def _draw_evaluation(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("evaluation")
     measured = [record for record in records if "task" in record and record.get("value") is not None]
-    names = list(dict.fromkeys((record["task"], record["metric"]) for record in measured))
-    for index, (task, metric) in enumerate(names[: len(COLOURS)]):
+    names = list(dict.fromkeys(map(_measure, measured)))
+    for index, name in enumerate(names[: len(COLOURS)]):
         points = sorted((one["step"], one["value"], one.get("ci_low"), one.get("ci_high"))
-                        for one in measured if (one["task"], one["metric"]) == (task, metric))
+                        for one in measured if _measure(one) == name)
         steps, values, low, high = (list(column) for column in zip(*points, strict=True))
-        axes.plot(steps, values, marker="o", markersize=3, color=COLOURS[index], label=f"{task} {metric}")
+        axes.plot(steps, values, marker="o", markersize=3, color=COLOURS[index], label=name)
         if None not in low and None not in high:
             axes.fill_between(steps, low, high, color=COLOURS[index], alpha=0.12, linewidth=0)
     _from_zero(axes)
+
+
+def _measure(record: dict[str, Any]) -> str:
+    prompts = f", {record['prompts']}" if record.get("prompts") else ""
+    return f"{record['task']} {record['metric']}{prompts}"
 
 
 def _draw_learning_rate(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:

@@ -98,8 +98,9 @@ class RunLog:
         by_task: dict[str, list[Mapping[str, Any]]] = {}
         for record in records:
             self._write({"step": step, **record})
-            by_task.setdefault(str(record["task"]), []).append(record)
-            self._to_sinks(step, {f"{record['task']}/{record['metric']}": float(record["value"])})
+            prompts = f" ({record['prompts']})" if record.get("prompts") else ""
+            by_task.setdefault(f"{record['task']}{prompts}", []).append(record)
+            self._to_sinks(step, {f"{record['task']}{prompts}/{record['metric']}": float(record["value"])})
         for task, found in by_task.items():
             self.say(f"step {step:,}  {task}: " + ", ".join(map(_metric_text, found)))
 
