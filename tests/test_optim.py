@@ -82,7 +82,7 @@ def test_warmup_reads_steps_shares_and_samples():
     read = {text: warmup_steps(text, total_steps=1000, global_batch_size=100)
             for text in ("500", "2%", "50k samples", "1.5k", "0", "20000 samples")}
     assert read == {"500": 500, "2%": 20, "50k samples": 500, "1.5k": 1500, "0": 0, "20000 samples": 200}
-    with pytest.raises(ValueError, match="schedule.warmup is 'soon'"):
+    with pytest.raises(ValueError, match=r"schedule\.warmup is 'soon'"):
         warmup_steps("soon", total_steps=1, global_batch_size=1)
 
 

@@ -1,7 +1,7 @@
 """From a person's command line to Hydra's: text settings stand as they were typed, wrong keys are answered here."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -39,20 +39,22 @@ def hydra_arguments(arguments: Iterable[str], schema: type, groups: Mapping[str,
     sweep = "-m" in passed or "--multirun" in passed
     collected: dict[str, list[str]] = {}
     for key, value in given:
-        collected.setdefault(key, []).append(value)
+        collected.setdefault(key.lstrip("+"), []).append(value)
     for key, choices in (implied or {}).items():
-        if key in collected and collected[key] != ["emoji"]:
+        if key in collected and [item for value in collected[key] for item in _items(value)] != ["emoji"]:
             for group, choice in choices.items():
                 collected.setdefault(group, [choice])
     overrides = []
-    for key, values in collected.items():
-        name = key.lstrip("+~")
+    for name, values in collected.items():
         if name in groups:
-            overrides.append(_group_override(key, name, values, groups[name], sweep))
+            nullable = not any(other.startswith(f"{name}.") for other in known)  # experiment: has no settings of its own
+            overrides.append(_group_override(name, values, [*groups[name], *(["null"] if nullable else [])], sweep))
         elif name in known:
-            overrides.append(f"{key}={_quoted(known[name][0], values, name, sweep)}")
-        elif name.startswith("hydra.") or _inside_mapping(name, known):
-            overrides.append(f"{'++' if _inside_mapping(name, known) else ''}{key}={values[-1]}")
+            value = _quoted(known[name][0], values, name, sweep)
+            # Hydra would merge a mapping into the one that is there; null first makes it take its place.
+            overrides += [f"{name}=null", f"++{name}={value}"] if value.startswith("{") else [f"{name}={value}"]
+        elif name.startswith(("hydra.", "hydra/")) or _inside_mapping(name, known):
+            overrides.append(f"{'++' if _inside_mapping(name, known) else ''}{name}={values[-1]}")
         elif any(other.startswith(f"{name}.") for other in known):
             raise SettingsError(f"{name}={values[-1]}: {name} is a group of settings; give {name}.<setting>=..., one of "
                                 f"{', '.join(sorted(k for k in known if k.startswith(f'{name}.')))}")
@@ -80,20 +82,23 @@ def _split(arguments: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
                 passed += [value for value in [next(waiting, None)] if value is not None]
             continue
         key, equals, value = argument.partition("=")
-        if not equals and not key.startswith("~"):
+        if key.startswith("~"):
+            raise SettingsError(f"{argument!r} would remove a setting, and each has to have a value; give "
+                                f"{key.lstrip('~')}=... (null where it may have none)")
+        if not equals:
             raise SettingsError(f"{argument!r} is not a setting; settings are given as key=value, as in optim.lr=1e-3")
         given.append((key, value))
     return passed, given
 
 
-def _group_override(key: str, name: str, values: list[str], choices: Iterable[str], sweep: bool) -> str:
+def _group_override(name: str, values: list[str], choices: Sequence[str], sweep: bool) -> str:
     if len(values) > 1:
         raise SettingsError(f"{name} is given {len(values)} times ({', '.join(values)}); give it once")
     names = values[0].split(",") if sweep else values
     for choice in names:
-        if choice not in {*choices, "null"}:
+        if choice not in choices:
             raise SettingsError(f"{name}={choice}: no such choice; choose one of {', '.join(sorted(choices))}")
-    return f"{key}={values[0]}"
+    return f"{name}={values[0]}"
 
 
 def _inside_mapping(name: str, known: Mapping[str, Any]) -> bool:
@@ -116,10 +121,11 @@ def _quoted(hint: Any, values: list[str], name: str, sweep: bool) -> str:
 
 
 def quote(text: str) -> str:
-    r"""Quote a text for Hydra's grammar. Only backslashes before a quote (or at the end) are escapes there."""
+    r"""Quote a text for Hydra's grammar. Only backslashes before ${, before a quote and at the end are escapes."""
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
     text = re.sub(r"(\\+)$", lambda match: match[1] * 2, text)
-    return f"'{text.replace('${', chr(92) + '${')}'"
+    return f"'{text}'"
 
 
 def _items(value: str) -> list[str]:

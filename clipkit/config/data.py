@@ -46,7 +46,7 @@ class DataConfig:
     augment: AugmentConfig
 
     def __post_init__(self) -> None:
-        if not self.train:
+        if not self.train or not all(self.train):
             raise ValueError("data.train is empty; give data.train=emoji or shards such as 'data/{000..099}.tar'")
         if self.weights is not None and len(self.weights) != len(self.train):
             raise ValueError(f"data.weights has {len(self.weights)} values for {len(self.train)} sources; give one each")

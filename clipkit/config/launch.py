@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipkit.config.command_line import conf_dir, groups_of, hydra_arguments
-from clipkit.config.schema import leaves, parse
+from clipkit.config.schema import SettingsError, leaves, parse
 
 Schema = TypeVar("Schema")
 EXIT_BAD_INPUT = 2
@@ -36,7 +36,9 @@ def launch(command: str, schema: type[Schema], function: Callable[[Schema], int 
     with one_line_errors():
         overrides = hydra_arguments(arguments, schema, groups, implied)
     import hydra
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     @hydra.main(version_base="1.3", config_path=str(own), config_name="config")
     def task(values: Any) -> None:
@@ -48,7 +50,12 @@ def launch(command: str, schema: type[Schema], function: Callable[[Schema], int 
                 sys.exit(code)
 
     sys.argv = [f"clipkit {command.replace('/', ' ')}", *overrides, f"hydra.searchpath=[file://{shared}]"]
-    task()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come as they are, in the place of Hydra's own report
+    with one_line_errors():
+        try:
+            task()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise SettingsError(str(error)) from error
 
 
 @contextlib.contextmanager

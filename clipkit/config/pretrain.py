@@ -33,5 +33,7 @@ class PretrainConfig:
     log: LogConfig
 
     def __post_init__(self) -> None:
+        if self.name == "":
+            raise ValueError("name is empty; give name=... (the run's folder is runs/<name>), or name=null for emoji")
         if self.name is None and self.data.train != ("emoji",):
             raise ValueError("name is required for data other than emoji; give name=... (the run's folder is runs/<name>)")

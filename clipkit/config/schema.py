@@ -1,11 +1,12 @@
 """What a setting is, and parse(): values from YAML and the command line into frozen dataclasses, checked."""
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin
 
 Check = Callable[[Any], bool]
 Schema = TypeVar("Schema")
@@ -119,6 +120,7 @@ def without_none(hint: Any) -> Any:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if value is None and allows_none(hint):
         return None
+    optional = " or null" if allows_none(hint) else ""
     hint = without_none(hint)
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -128,17 +130,20 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return _convert_tuple(hint, value, key)
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and isinstance(value, NUMBER) and not isinstance(value, bool) and int(value) == value:
+    if hint is int and is_number(value) and int(value) == value:
         return int(value)
-    if hint is float and isinstance(value, NUMBER) and not isinstance(value, bool):
+    if hint is float and is_number(value):
         return float(value)
     if hint is str and isinstance(value, (str, *NUMBER)) and not isinstance(value, bool):
         return str(value)
     if get_origin(hint) is dict and isinstance(value, Mapping):
         return dict(value)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    optional = " or null" if allows_none(hint) else ""
     raise SettingsError(f"{key} is {value!r}; it must be {names.get(hint, 'a mapping')}{optional}")
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _convert_tuple(hint: Any, value: Any, key: str) -> tuple[Any, ...]:

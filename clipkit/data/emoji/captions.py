@@ -33,7 +33,8 @@ def emoji_captions(row: EmojiRow) -> dict[str, str | list[str]]:
 
     Returns:
       Caption field -> caption, or a list of captions of equal standing: `label`, `keywords`, `tags_only`,
-      `some_keywords` and `some_tags` (about half of the tags, in any order), `with_group`, `with_style`, `in_template`, and `captions`, which lists all of the others.
+      `some_keywords` and `some_tags` (about half of the tags, in any order), `with_group`, `with_style`, `in_template`,
+      and `captions`, which lists all of the others.
     """
     fields: dict[str, str | list[str]] = {
         "label": row.label,
