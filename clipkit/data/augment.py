@@ -25,7 +25,7 @@ WHITE = (255, 255, 255)
 # The warp reads small pictures at up to twice the final size, so that it does not blur them. Above this side, pixels,
 # the resize to that size would cost more than the decoder, and they are read at the final size.
 WARP_MAX_OVERSAMPLED = 128
-WARP_CELLS = 3  # a side
+WARP_CELLS = 2  # a side
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 

@@ -17,10 +17,11 @@ from clipkit.data.tars import BadSample, RawSample, read_numbered
 CLASSIFICATION = "zeroshot_classification"
 RETRIEVAL = "zeroshot_retrieval"
 EMOJI_SPLITS = {"emoji_val": "val", "emoji_test_style": "test_style", "emoji_test_concept": "test_concept"}
-# Two fixed rules, always reported side by side: neither is chosen by its result.
-EMOJI_PROMPTS: dict[str, Callable[[EmojiRow], str]] = {
-    "label": lambda row: row.label,
-    "label_and_tags": lambda row: ", ".join((row.label, *row.tags)),
+# Fixed rules, always reported side by side: none is chosen by its result. Several texts of a class are averaged.
+EMOJI_PROMPTS: dict[str, Callable[[EmojiRow], list[str]]] = {
+    "label": lambda row: [row.label],
+    "label_and_tags": lambda row: [", ".join((row.label, *row.tags))],
+    "ensemble": lambda row: [row.label, ", ".join((row.label, *row.tags)), ", ".join(row.tags)],
 }
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 
@@ -96,7 +97,7 @@ def _emoji_task(name: str, cache_dir: str | Path | None) -> Task:
         kind=CLASSIFICATION,
         shards=tuple(emoji_shards(split, cache_dir)),
         classes={concept: row.label for concept, row in rows.items()},
-        prompts={rule: [[write(row)] for row in rows.values()] for rule, write in EMOJI_PROMPTS.items()},
+        prompts={rule: [write(row) for row in rows.values()] for rule, write in EMOJI_PROMPTS.items()},
     )
 
 
