@@ -28,8 +28,13 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 def run(shards: str, *more: str) -> int | None:
-    chosen = {setting.partition("=")[0]: setting for setting in (*SMALL, f"data.train={shards}", *more)}  # the last wins
-    return pretrain(settings(*chosen.values()))
+    return pretrain(settings(*only_last((*SMALL, f"data.train={shards}", *more))))
+
+
+def only_last(given: tuple[str, ...], without: str = "") -> list[str]:
+    """Of settings given more than once the last; `without` is left out."""
+    chosen = {setting.partition("=")[0]: setting for setting in given}
+    return [setting for key, setting in chosen.items() if key != without]
 
 
 def lines(run_dir) -> list[dict]:
@@ -110,9 +115,9 @@ def test_ten_runs_killed_at_random_moments_end_with_the_same_bits(shards, tmp_pa
     """SIGKILL at ten random moments of one run (2 loader workers); then its weights are those of one never killed."""
     import random
 
-    command = [sys.executable, "-m", "clipkit", "pretrain", *SMALL, f"data.train={shards}", "data.workers=2",
-               "checkpoint.every_steps=3", "train.threads=1", "evaluation.tasks=[]"]
-    command = [part for part in command if not part.startswith(("train.samples=", "name="))] + [f"train.samples={40 * BATCH}"]
+    options = [f"data.train={shards}", "data.workers=2", f"train.samples={40 * BATCH}", "checkpoint.every_steps=3",
+               "train.threads=1", "evaluation.tasks=[]"]
+    command = [sys.executable, "-m", "clipkit", "pretrain", *only_last((*SMALL, *options), without="name")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "name=whole"], check=True, env=environment, capture_output=True)
     rng, killed = random.Random(0), 0
@@ -271,9 +276,9 @@ def test_a_read_only_folder_and_a_full_disk_are_one_line(shards, tmp_path, monke
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_an_error(shards, tmp_path, free_port):
     """Two ranks without a launcher that would kill the other: the one that is left must end by itself."""
-    small = [setting for setting in SMALL if not setting.startswith("train.samples=")]
-    command = [sys.executable, "-m", "clipkit", "pretrain", *small, f"data.train={shards}", "train.threads=1",
-               f"train.samples={4000 * BATCH}", "evaluation.tasks=[]", "parallel.timeout_seconds=20"]
+    options = (f"data.train={shards}", "train.threads=1", f"train.samples={4000 * BATCH}", "evaluation.tasks=[]",
+               "parallel.timeout_seconds=20")
+    command = [sys.executable, "-m", "clipkit", "pretrain", *only_last((*SMALL, *options))]
     ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                               env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
                                    "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)})

@@ -73,8 +73,6 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     Returns:
       What the loop works with, and the step to begin at.
     """
-    import torch
-
     from clipkit.data.lanes import check_lanes, default_lanes
     from clipkit.data.loader import make_train_loader
     from clipkit.data.shards import count_samples
@@ -83,6 +81,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.estimate import estimate_step
     from clipkit.training.optim import make_optimizer
     from clipkit.training.plan import make_plan, summary
+    from clipkit.training.random_state import seed_all
     from clipkit.training.resume import check_shards, open_run, take_up
     from clipkit.training.run_folder import check_run_name
     from clipkit.training.run_log import RunLog
@@ -104,13 +103,13 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     if run:
         cleanup.callback(run.close)  # its lock
 
-    torch.manual_seed(config.seed)  # the same weights on every process
+    seed_all(config.seed)  # the same weights on every process
     model = make_model(config).to(process.device)
     optimizer = make_optimizer(list(model.towers.named_parameters()), name=config.optim.name, recipe=config.optim.recipe,
                                lr=config.optim.lr, weight_decay=config.optim.weight_decay, beta1=config.optim.beta1,
                                beta2=config.optim.beta2, eps=config.optim.eps)
     cost = estimate_step(model, batch_size=size // process.world_size, precision=config.train.precision)
-    torch.manual_seed(config.seed + 1 + process.rank)  # dropout differs between processes
+    seed_all(config.seed + 1 + process.rank)  # dropout differs between processes
     average = WeightAverage(model.towers, config.train.ema_decay) if config.train.ema_decay else None
     if saved:
         check_shards(saved, all_shards)
@@ -199,7 +198,8 @@ def make_model(config: PretrainConfig) -> Any:
     settings = config.model
     model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
                         image_weights=settings.image_weights, image_size=settings.image_size,
-                        patch_dropout=settings.patch_dropout, loss=config.loss.name)
+                        patch_dropout=settings.patch_dropout, token_embedding_std=settings.token_embedding_std,
+                        loss=config.loss.name)
     lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
     if config.loss.name == "clip" and model.towers.logit_bias is not None:

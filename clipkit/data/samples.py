@@ -57,7 +57,7 @@ def make_example(raw: RawSample, *, image_size: int, config: "AugmentConfig", rn
         fields = _parse_json(raw.json)
         caption = choose_caption(raw.text, fields, caption_fields, caption_weights, rng)
         group_id = _group_id(group_by, caption, fields)
-        pixels = decode_image(raw.image, max_pixels=max_pixels, fast_size=image_size if fast_decode else None)
+        pixels = decode_image(raw.image, max_pixels=max_pixels, fast_size=2 * image_size if fast_decode else None)
         return Example(augment(pixels, image_size=image_size, config=config, rng=rng), caption, group_id)
     except (SampleError, DecodeError) as error:
         return BadSample(error.cause, raw.url, raw.key, error.detail)

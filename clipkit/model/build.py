@@ -19,7 +19,7 @@ TEMPERATURE = {"clip": {}, "siglip": {"init_logit_scale": 2.302585, "init_logit_
 
 def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = None, pretrained: str | None = None,
                 image_weights: str | None = None, image_size: int | None = None, patch_dropout: float | None = None,
-                loss: str = "clip") -> ImageTextModel:
+                token_embedding_std: float | None = None, loss: str = "clip") -> ImageTextModel:
     """Build a model with random or pretrained weights.
 
     Args:
@@ -29,6 +29,7 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
       image_weights: Weights file of the timm image tower alone, or "package:<name>" of an installed package that ships one.
       image_size: Pixels a side; None = the architecture's own.
       patch_dropout: Share of image patches left out in training; None = the architecture's own.
+      token_embedding_std: Standard deviation of fresh token embeddings; None = the architecture's own.
       loss: "clip" or "siglip": how temperature and bias start.
 
     Raises:
@@ -49,6 +50,8 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
     if pretrained is None:
         model_cfg |= TEMPERATURE[loss]
     towers = make_towers(model_cfg)
+    if token_embedding_std is not None:
+        nn.init.normal_(getattr(towers, "text", towers).token_embedding.weight, std=token_embedding_std)
     preprocess_cfg = _preprocess_cfg(towers)
     if pretrained is not None:
         assert name is not None

@@ -20,7 +20,7 @@ def can_trim(towers: Any) -> bool:
 
     if type(towers) is not CLIP or towers.text_pool_type != "argmax" or towers.attn_mask is None:
         return False
-    mask: Tensor = towers.attn_mask  # (L, L), added to the attention logits
+    mask: Any = towers.attn_mask  # (L, L), added to the attention logits
     causal = torch.full_like(mask, -torch.inf).triu(1)
     return torch.equal(mask, causal)
 

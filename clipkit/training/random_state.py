@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch (all devices), Python's `random` and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def get_random_state(device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read the states of torch (CPU, and `device` where it is a GPU), Python's `random` and numpy.
 
