@@ -198,7 +198,7 @@ def make_model(config: PretrainConfig) -> Any:
     settings = config.model
     model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
                         image_weights=settings.image_weights, image_size=settings.image_size,
-                        patch_dropout=settings.patch_dropout, token_embedding_std=settings.token_embedding_std,
+                        patch_dropout=settings.patch_dropout, text_init=settings.text_init,
                         loss=config.loss.name)
     lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
