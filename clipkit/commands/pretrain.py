@@ -13,7 +13,8 @@ from clipkit.config.launch import launch
 
 # Settings groups that follow from a setting: other data or another model than the embedded default.
 IMPLIED = {
-    "data.train": {"data": "shards", "model": "open_clip", "train": "shards", "evaluation": "shards"},
+    "data.train": {"data": "shards", "model": "open_clip", "loss": "clip", "optim": "adamw", "train": "shards",
+                   "evaluation": "shards"},
     "model.name": {"model": "open_clip"},
 }
 

@@ -112,11 +112,12 @@ def start_as_bag_of_words(towers: Any) -> None:
 
     if type(towers) is not CLIP:
         raise ValueError("model.text_init is bag_of_words, which needs a CLIP with a text Transformer; give open_clip")
-    width = towers.token_embedding.embedding_dim
-    nn.init.normal_(towers.token_embedding.weight, std=0.5)
-    towers.token_embedding.weight[-2:] = 0  # start and end of text are the last ids of CLIP's vocabulary
-    towers.positional_embedding.zero_()
-    for block in towers.transformer.resblocks:
+    clip: Any = towers
+    width = clip.token_embedding.embedding_dim
+    nn.init.normal_(clip.token_embedding.weight, std=0.5)
+    clip.token_embedding.weight[-2:] = 0  # start and end of text are the last ids of CLIP's vocabulary
+    clip.positional_embedding.zero_()
+    for block in clip.transformer.resblocks:
         block.attn.in_proj_weight[:width] = 0  # queries
 
 
