@@ -101,16 +101,6 @@ def learning(module: torch.nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def test_a_text_tower_that_starts_as_a_bag_of_words_does_not_see_order():
-    torch.manual_seed(0)
-    model = build_model(config=TINY, text_init="bag_of_words")
-    features = model.encode_text(model.tokenize(["red square on blue", "blue on square red", "red square on green"]))
-    assert torch.allclose(features[0], features[1], atol=1e-6)
-    assert not torch.allclose(features[0], features[2], atol=1e-2)
-    with pytest.raises(ValueError, match="text_init is bag_of_words"):
-        build_model(config=CONFIGS["siglip"], text_init="bag_of_words")
-
-
 def test_locked_towers_learn_nothing_but_their_last_groups():
     model = build_model(config=CONFIGS["timm"])
     assert has_batch_statistics(model)

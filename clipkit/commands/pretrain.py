@@ -199,8 +199,7 @@ def make_model(config: PretrainConfig) -> Any:
     settings = config.model
     model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
                         image_weights=settings.image_weights, image_size=settings.image_size,
-                        patch_dropout=settings.patch_dropout, text_init=settings.text_init,
-                        loss=config.loss.name)
+                        patch_dropout=settings.patch_dropout, loss=config.loss.name)
     lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
     if config.loss.name == "clip" and model.towers.logit_bias is not None:

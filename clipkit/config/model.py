@@ -13,8 +13,6 @@ class ModelConfig:
     config: dict[str, Any] | None = setting("open_clip-style model_cfg, in the place of a name; text_cfg.kind: cbow allowed")
     image_weights: str | None = setting("weights file of the timm image tower alone (package:<name> finds an installed one)")
     image_size: int | None = setting("pixels a side; null = the architecture's own", positive)
-    text_init: str = setting("how a fresh text Transformer starts: open_clip, or bag_of_words (attention weighs all words "
-                             "alike, positions say nothing)", choices=("open_clip", "bag_of_words"))
     patch_dropout: float | None = setting("share of image patches left out in training (FLIP); null = the architecture's",
                                           fraction)
     lock_image: bool = setting("freeze the image tower (LiT)")

@@ -19,7 +19,7 @@ TEMPERATURE = {"clip": {}, "siglip": {"init_logit_scale": 2.302585, "init_logit_
 
 def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = None, pretrained: str | None = None,
                 image_weights: str | None = None, image_size: int | None = None, patch_dropout: float | None = None,
-                text_init: str = "open_clip", loss: str = "clip") -> ImageTextModel:
+                loss: str = "clip") -> ImageTextModel:
     """Build a model with random or pretrained weights.
 
     Args:
@@ -29,7 +29,6 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
       image_weights: Weights file of the timm image tower alone, or "package:<name>" of an installed package that ships one.
       image_size: Pixels a side; None = the architecture's own.
       patch_dropout: Share of image patches left out in training; None = the architecture's own.
-      text_init: "open_clip", or "bag_of_words" (see `start_as_bag_of_words`).
       loss: "clip" or "siglip": how temperature and bias start.
 
     Raises:
@@ -50,8 +49,6 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
     if pretrained is None:
         model_cfg |= TEMPERATURE[loss]
     towers = make_towers(model_cfg)
-    if text_init == "bag_of_words":
-        start_as_bag_of_words(towers)
     preprocess_cfg = _preprocess_cfg(towers)
     if pretrained is not None:
         assert name is not None
@@ -96,29 +93,6 @@ def make_towers(model_cfg: Mapping[str, Any]) -> Any:
                                     embed_dim=cfg["embed_dim"], context_length=context_length)
         towers.context_length, towers.vocab_size = towers.text.context_length, towers.text.vocab_size
     return towers
-
-
-@torch.no_grad()
-def start_as_bag_of_words(towers: Any) -> None:
-    """Let a fresh text Transformer start as the mean of its words, for small data: what a caption says comes first.
-
-    Queries start at zero (attention weighs all tokens alike), positions and the two special tokens too. Words start far
-    apart (standard deviation 0.5), so that steps of the usual size do not make them one.
-
-    Raises:
-      ValueError: the model is not open_clip's CLIP with a text Transformer.
-    """
-    from open_clip.model import CLIP
-
-    if type(towers) is not CLIP:
-        raise ValueError("model.text_init is bag_of_words, which needs a CLIP with a text Transformer; give open_clip")
-    clip: Any = towers
-    width = clip.token_embedding.embedding_dim
-    nn.init.normal_(clip.token_embedding.weight, std=0.5)
-    clip.token_embedding.weight[-2:] = 0  # start and end of text are the last ids of CLIP's vocabulary
-    clip.positional_embedding.zero_()
-    for block in clip.transformer.resblocks:
-        block.attn.in_proj_weight[:width] = 0  # queries
 
 
 def lock_towers(model: ImageTextModel, *, image: bool = False, unlocked_image_groups: int = 0, text: bool = False,
