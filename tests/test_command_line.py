@@ -118,7 +118,7 @@ def test_an_inline_model_replaces_the_one_in_the_yaml_file(compose):
     (["+optim.nmae=x"], "optim.nmae is not a setting; did you mean optim.name?"),
     (["modle=tiny"], "modle is not a setting; did you mean model?"),
     (["model=tyni"], "model=tyni: no such choice; choose one of emoji, open_clip, tiny"),
-    (["loss=clip,siglip"], "loss=clip,siglip: no such choice; choose one of clip, siglip"),
+    (["loss=clip,siglip"], "loss=clip,siglip: no such choice; choose one of clip, emoji, siglip"),
     (["loss=clip", "loss=siglip"], "loss is given 2 times (clip, siglip); give it once"),
     (["optim.name"], "'optim.name' is not a setting; settings are given as key=value, as in optim.lr=1e-3"),
     ([""], "'' is not a setting; settings are given as key=value, as in optim.lr=1e-3"),
@@ -186,7 +186,7 @@ def test_multirun_calls_the_command_for_each_combination_and_writes_only_below_t
 
 
 def test_multirun_refuses_a_choice_that_does_not_exist_before_it_begins(answer):
-    assert answer("-m", "loss=clip,sigmoid") == "loss=sigmoid: no such choice; choose one of clip, siglip"
+    assert answer("-m", "loss=clip,sigmoid") == "loss=sigmoid: no such choice; choose one of clip, emoji, siglip"
 
 
 def test_hydra_s_own_settings_and_launchers_pass_through(compose):

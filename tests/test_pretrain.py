@@ -291,3 +291,52 @@ def test_a_rank_that_dies_ends_the_others_with_an_error(shards, tmp_path, free_p
     assert ranks[0].wait(timeout=60) != 0
     for process in ranks:
         process.communicate()
+
+
+def pictures_with_captions(folder) -> None:
+    """Forty-eight JPEGs, each with a caption beside it and a row in table.csv."""
+    from PIL import Image
+
+    (folder / "pictures").mkdir()
+    rows = ["file;text;kind"]
+    for index in range(48):
+        colour = (index * 5 % 256, index * 11 % 256, 200)
+        Image.new("RGB", (60, 40), colour).save(folder / "pictures" / f"{index:03d}.jpg")
+        (folder / "pictures" / f"{index:03d}.txt").write_text(f"a square of colour {index}")
+        rows.append(f'pictures/{index:03d}.jpg;"a square; of colour {index}";square')
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("source", ["pictures", "table.csv"])
+def test_shards_written_from_a_folder_and_from_a_table_train(source, tmp_path, capsys):
+    from clipkit.commands.shards import main as shards_main
+
+    pictures_with_captions(tmp_path)
+    shards_main(["write", f"source={source}", "out=own", "samples_per_shard=12"])
+    assert sorted(path.name for path in (tmp_path / "own").glob("*.tar")) == [f"shard-{n:06d}.tar" for n in range(4)]
+    assert run("own/*.tar", f"train.samples={4 * BATCH}") is None
+    assert lines(tmp_path / "runs" / "small")[-1]["epoch"] == pytest.approx(4 * BATCH / 48)
+
+
+def test_tars_in_the_shape_of_img2dataset_train(tmp_path):
+    """Members key.jpg, key.txt and key.json (url, caption, status, sizes, exif), and 00000_stats.json beside the tar."""
+    import io
+
+    from PIL import Image
+
+    (tmp_path / "laion").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / "laion" / f"{number:05d}.tar", "w") as tar:
+            for index in range(20):
+                key, file = f"{number:05d}{index:04d}", io.BytesIO()
+                Image.new("RGB", (64, 48), (index * 12, 40, 90)).save(file, "JPEG")
+                record = {"url": f"http://x/{key}.jpg", "caption": f"picture {key}", "key": key, "status": "success",
+                          "error_message": None, "width": 64, "height": 48, "exif": "{}", "sha256": "0"}
+                for suffix, data in (("jpg", file.getvalue()), ("json", json.dumps(record).encode()),
+                                     ("txt", f"picture {key}".encode())):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        (tmp_path / "laion" / f"{number:05d}_stats.json").write_text(json.dumps({"count": 22, "successes": 20}))
+    assert run("laion/{00000..00001}.tar", f"train.samples={5 * BATCH}", "data.caption_fields=[caption]") is None
+    assert lines(tmp_path / "runs" / "small")[-1]["epoch"] == pytest.approx(5 * BATCH / 40)

@@ -135,7 +135,7 @@ def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, byt
 def next_commands(out: Path, shards: Sequence[str], classnames: Sequence[str]) -> list[str]:
     """The command lines to try with the shards just written."""
     if classnames:
-        return [f"clipkit zero-shot model=<run> task={shlex.quote(str(out))}"]
+        return [f"clipkit shards check data={shlex.quote(f'{out}/test/*.tar')}"]
     first, last = (name.removeprefix("shard-").removesuffix(".tar") for name in (shards[0], shards[-1]))
     number = first if first == last else f"{{{first}..{last}}}"
     pattern = shlex.quote(f"{out}/shard-{number}.tar")
