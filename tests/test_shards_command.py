@@ -128,7 +128,7 @@ def test_a_labelled_folder_becomes_a_clip_benchmark_set(tmp_path: Path, capsys: 
     assert (out / "test/nshards.txt").read_text() == "1\n"
     assert [(item.label, item.image) for item in read_shard(str(out / "test/0.tar")) if isinstance(item, RawSample)] == [
         (b"0", picture(1)), (b"0", picture(2)), (b"1", picture(0))]
-    assert f"clipkit zero-shot model=<run> task={out}" in capsys.readouterr().out
+    assert f"clipkit shards check data='{out}/test/*.tar'" in capsys.readouterr().out
     assert check(str(out / "test/0.tar")) == 0
     assert "classes             2, 1 to 2 samples each" in capsys.readouterr().out
 
