@@ -116,11 +116,12 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         check_shards(saved, all_shards)
         take_up(saved, model=model, optimizer=optimizer, average=average, process=process)
     start = saved.step if saved else 0
+    position = saved.state["loader"] if saved and not config.train.overfit_batches else None
     loader = make_train_loader(
         data, shards=shards, lanes=lanes, tokenize=model.tokenize, image_size=model.image_size,
         group_by=config.loss.mask_false_negatives, seed=config.seed, global_batch_size=size, rank=process.rank,
         world_size=process.world_size, local_world_size=process.local_world_size,
-        pin_memory=process.device.type == "cuda", state=saved.state["loader"] if saved else None)
+        pin_memory=process.device.type == "cuda", state=position)
     run_dir = Path(config.runs_dir) / name
     log = cleanup.enter_context(RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
                                        config=dataclasses.asdict(config), is_main=process.is_main))
