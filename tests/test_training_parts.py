@@ -96,6 +96,14 @@ def test_the_estimate_grows_with_the_batch_and_leaves_the_model_as_it_was(tiny_m
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.towers.state_dict().items())
 
 
+def test_freed_memory_is_kept_where_the_c_library_is_glibc():
+    import platform
+
+    from clipkit.training.allocator import keep_freed_memory
+
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
 def test_bf16_autocast_rounds_and_fp32_does_not():
     a = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     with autocast(torch.device("cpu"), "amp_bf16"):

@@ -53,12 +53,15 @@ def pretrain(config: PretrainConfig) -> int | None:
     print(f"clipkit pretrain: {Path(config.runs_dir) / (config.name or 'emoji')} (loading)", flush=True)
     import torch
 
+    from clipkit.training.allocator import keep_freed_memory
     from clipkit.training.distributed import start_process, stop_process
     from clipkit.training.stop import EXIT_STOPPED
 
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     process = start_process(config.device, config.parallel.timeout_seconds)
+    if process.device.type == "cpu":
+        keep_freed_memory()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(stop_process)
         training, start = prepare(config, process, cleanup)
