@@ -1,6 +1,7 @@
 """Shared fixtures: one thread, no network, one tiny model."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it
 
@@ -83,3 +84,34 @@ def shards(tmp_path_factory):
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return f"{folder}/{{000..003}}.tar"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
+    """Write (name, content) members as a tar; returns its path."""
+    import io
+    import tarfile
+
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The URL of a loopback server of tmp_path, without range requests, as the simplest servers are."""
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()

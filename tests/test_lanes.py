@@ -1,11 +1,9 @@
 """Lanes: their order against a reference that holds everything in lists, and exact continuation from any place."""
 
-import io
 import itertools
 import json
 import random
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,17 +11,9 @@ import pytest
 
 from clipkit.data.lanes import Cursor, Lane, check_lanes, default_lanes
 from clipkit.data.shards import BadSample, DataError
+from tests.conftest import write_tar
 
 Shards = list[list[str]]  # the keys of each shard
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-    return str(path)
 
 
 def make_source(folder: Path, lengths: tuple[int, ...], name: str = "s") -> list[str]:

@@ -1,8 +1,6 @@
 """The loader: one stream of batches whatever the ranks and workers, exact resume, and bad samples that are counted."""
 
 import dataclasses
-import functools
-import http.server
 import io
 import itertools
 import json
@@ -10,8 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import tarfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,6 +24,7 @@ from clipkit.data.lanes import Lane
 from clipkit.data.loader import DataError, TrainLoader, default_workers, make_train_loader, merge_states
 from clipkit.data.samples import Example, make_example
 from clipkit.data.shards import BadSample, RawSample, expand_shards
+from tests.conftest import write_tar
 
 OFF: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(AugmentConfig)), 0.0)
 AUGMENT = AugmentConfig(**OFF | {"crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 1.33), "flip": 0.5, "zoom": (1.0, 1.0),
@@ -36,29 +33,6 @@ DATA = DataConfig(train=("x",), weights=None, caption_fields=None, caption_weigh
                   resampled=False, decode="exact", max_pixels=10**6, max_bad_fraction=0.05, allow_pipe=False, workers=0,
                   cache_dir=None, augment=AUGMENT)
 Members = list[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-    return str(path)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """The URL of a loopback server of tmp_path, without range requests, as the simplest servers are."""
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:

@@ -1,14 +1,11 @@
 """Shards: patterns to files, and the reading of one tar, whole or damaged, local or served over HTTP."""
 
-import functools
 import gzip
-import http.server
 import io
 import json
 import os
 import pickle
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -37,20 +34,6 @@ def good(url: str, **options) -> list[RawSample]:
     samples = list(read_shard(url, **options))
     assert all(isinstance(sample, RawSample) for sample in samples), samples
     return samples  # pyright: ignore
-
-
-@pytest.fixture
-def server(tmp_path):
-    """The URL of a loopback server of tmp_path, without range requests, as the simplest servers are."""
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
 
 
 # Patterns
