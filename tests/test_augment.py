@@ -15,6 +15,7 @@ from clipkit.config.data import AugmentConfig
 from clipkit.data.augment import (
     augment,
     colour_matrix,
+    cut_disc,
     random_affine,
     random_colour,
     random_crop_box,
@@ -26,12 +27,12 @@ from clipkit.data.decode import crop_and_resize
 NEUTRAL: dict[str, Any] = {
     "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "rotate_degrees": 0.0, "translate": 0.0,
     "zoom": (1.0, 1.0), "shear_degrees": 0.0, "colour_jitter": (0.0, 0.0, 0.0, 0.0), "colour_jitter_probability": 1.0,
-    "elastic": 0.0, "colour_noise": 0.0, "gamma": 0.0, "sharpness": 0.0, "keep_white": False,
+    "disc": 0.0, "elastic": 0.0, "colour_noise": 0.0, "gamma": 0.0, "sharpness": 0.0, "keep_white": False,
     "grey": 0.0, "channel_shuffle": 0.0}
 EVERYTHING: dict[str, Any] = {
     "crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 4 / 3), "flip": 0.5, "rotate_degrees": 15.0, "translate": 0.1,
     "zoom": (0.7, 1.3), "shear_degrees": 6.0, "colour_jitter": (0.3, 0.3, 0.4, 0.1), "colour_jitter_probability": 0.8,
-    "elastic": 0.04, "colour_noise": 0.04, "gamma": 0.25, "sharpness": 0.5, "keep_white": False,
+    "disc": 0.3, "elastic": 0.04, "colour_noise": 0.04, "gamma": 0.25, "sharpness": 0.5, "keep_white": False,
     "grey": 0.2, "channel_shuffle": 0.5}
 
 
@@ -329,3 +330,37 @@ def test_sharpness_goes_towards_and_away_from_the_3x3_mean() -> None:
         wanted = image + amount * (mean - image)
         found = changed(image, seed, sharpness=0.5)
         assert np.abs(found - wanted).max() <= 1.0
+
+
+def test_a_disc_keeps_the_middle_of_a_flag_and_turns_the_rest_white() -> None:
+    image = np.full((64, 64, 3), 255, dtype=np.uint8)
+    image[9:55, 2:62] = picture(46, 60)  # a flag of 60 x 46 pixels
+    disc = cut_disc(image)
+    assert disc.shape == (46, 46, 3)
+    for y in range(46):
+        for x in range(46):
+            inside = (y + 0.5 - 23) ** 2 + (x + 0.5 - 23) ** 2 <= 23**2
+            assert (disc[y, x] == (image[9 + y, 9 + x] if inside else 255)).all()
+
+
+def test_a_disc_of_a_long_thin_drawing_keeps_two_thirds_of_its_length() -> None:
+    image = np.full((64, 64, 3), 255, dtype=np.uint8)
+    image[30:34, 2:62] = 0
+    assert cut_disc(image).shape == (40, 40, 3)
+    image[:] = 255
+    image[0:2, 0:48] = 0  # at the edge, where the square reaches out of the picture
+    disc = cut_disc(image)
+    assert disc.shape == (32, 32, 3)
+    assert (disc[15:17, 1:31] == 0).all()
+    assert (disc[:14] == 255).all()
+
+
+def test_a_disc_of_nothing_is_the_picture() -> None:
+    image = np.full((8, 8, 3), 255, dtype=np.uint8)
+    assert cut_disc(image) is image
+
+
+def test_discs_are_cut_as_often_as_asked() -> None:
+    image = picture()
+    cut = sum(changed(image, seed, disc=0.3)[0, 0].min() == 255 for seed in range(400))
+    assert 90 <= cut <= 150  # 120 +- 3 standard deviations

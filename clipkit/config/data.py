@@ -10,6 +10,7 @@ class AugmentConfig:
     crop_scale: tuple[float, float] = setting("area of the random crop, as a share of the image", fraction)
     crop_ratio: tuple[float, float] = setting("width / height of the random crop", positive)
     flip: float = setting("probability of a left-right flip", fraction)
+    disc: float = setting("probability of cutting a disc out of the drawing's middle, as round icons show it", fraction)
     rotate_degrees: float = setting("largest rotation either way", at_least(0))
     translate: float = setting("largest shift either way, as a share of the side", fraction)
     zoom: tuple[float, float] = setting("smallest and largest zoom", positive)

@@ -26,6 +26,8 @@ WHITE = (255, 255, 255)
 # the resize to that size would cost more than the decoder, and they are read at the final size.
 WARP_MAX_OVERSAMPLED = 128
 WARP_CELLS = 2  # a side
+NEARLY_WHITE = 248  # below it in any channel a pixel belongs to the drawing
+DISC_MIN_SHARE = 2 / 3  # so that a long thin drawing keeps more than its middle; flags are 2:3 or wider
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
@@ -41,6 +43,8 @@ def augment(image: np.ndarray, *, image_size: int, config: AugmentConfig, rng: r
     Returns:
       (3, image_size, image_size) uint8, contiguous.
     """
+    if config.disc and rng.random() < config.disc:
+        image = cut_disc(image)
     box = random_crop_box(image.shape[0], image.shape[1], config.crop_scale, config.crop_ratio, rng)
     flip = rng.random() < config.flip
     work_size = max(image_size, min(2 * image_size, WARP_MAX_OVERSAMPLED, *box[2:]))
@@ -93,6 +97,32 @@ def random_crop_box(height: int, width: int, scale: tuple[float, float], ratio: 
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def cut_disc(image: np.ndarray) -> np.ndarray:
+    """Cut a disc out of the middle of what is drawn on white, as sets of round icons show flags and signs.
+
+    Args:
+      image: (H, W, 3) uint8.
+
+    Returns:
+      (S, S, 3) uint8, white outside the disc, where S is the shorter side of the box around all that is not white, but
+      at least DISC_MIN_SHARE of the longer one; the picture itself where it is all white.
+    """
+    drawn = (image < NEARLY_WHITE).any(axis=2)  # (H, W)
+    rows, columns = drawn.any(axis=1).nonzero()[0], drawn.any(axis=0).nonzero()[0]
+    if not len(rows):
+        return image
+    height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    side = int(max(min(height, width), math.ceil(DISC_MIN_SHARE * max(height, width))))
+    square = np.full((side, side, 3), 255, dtype=np.uint8)
+    top, left = (rows[0] + rows[-1] + 1 - side) // 2, (columns[0] + columns[-1] + 1 - side) // 2
+    inside = image[max(0, top) : top + side, max(0, left) : left + side]
+    y, x = max(0, -top), max(0, -left)
+    square[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    across = np.arange(side) + 0.5 - side / 2
+    square[across[:, None] ** 2 + across**2 > side**2 / 4] = 255
+    return square
 
 
 def random_affine(size: int, image_size: int, config: AugmentConfig, rng: random.Random) -> tuple[float, ...] | None:
