@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "clipkit"
 # A module imports from its own level and from lower ones; within a level without cycles. The longest prefix counts.
 LEVELS = {
-    "clipkit.config": 0, "clipkit.data.batch": 0,
+    "clipkit.config": 0, "clipkit.data.batch": 0, "clipkit.interop": 0,
     "clipkit.model": 1, "clipkit.losses": 1, "clipkit.data": 1, "clipkit.training": 1,
     "clipkit.evaluation": 2,
     "clipkit.commands": 3,

@@ -1,5 +1,6 @@
 """The model against open_clip: towers, folder, locks, the bag of words."""
 
+import hashlib
 import json
 
 import pytest
@@ -189,3 +190,18 @@ def test_only_causal_towers_that_pool_at_the_end_are_trimmed():
     assert not build_model(config={**TINY, "text_cfg": {**TINY_TEXT, "pool_type": "last"}}).trims_text
     assert not build_model(config=CONFIGS["siglip"]).trims_text  # CustomTextCLIP
     assert not build_model(config={**TINY, "text_cfg": {"kind": "cbow", "width": 8}}).trims_text
+
+
+def test_a_model_that_learns_on_is_no_longer_what_its_file_holds(tiny_model, tmp_path):
+    save_model_folder(tiny_model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.source_sha256 == hashlib.sha256((tmp_path / "open_clip_model.safetensors").read_bytes()).hexdigest()
+    assert loaded.eval().source_sha256 is not None
+    assert loaded.train().source_sha256 is None
+
+
+def test_texts_that_the_context_cuts_are_counted(tiny_model):
+    length = tiny_model.tokenize.context_length
+    fitting, cut = " ".join(["cat"] * (length - 2)), " ".join(["cat"] * (length - 1))
+    assert tiny_model.tokenize.count_cut(["cat", fitting, cut, cut + " cat"]) == 2
+    assert tiny_model.tokenize([fitting])[0].tolist() == tiny_model.tokenize([cut])[0].tolist()

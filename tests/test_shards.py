@@ -13,6 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clipkit.data import tars
 from clipkit.data.shards import BadSample, RawSample, count_samples, expand_shards, read_shard
+from clipkit.data.tars import read_numbered
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w", tar_format: int = tarfile.GNU_FORMAT) -> str:
@@ -146,6 +147,13 @@ def test_pickles_links_and_names_that_lead_out_are_passed_over(tmp_path):
     assert good(str(path)) == [RawSample("0000", str(path), b"j", "jpg", b"t", None, None)]
     assert count_samples([str(path)]) == 1
     assert not owned.exists() and sorted(tmp_path.parent.rglob("*")) == before
+
+
+def test_npy_members_are_read_only_where_asked_for(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"j"), ("0.npy", b"n"), ("1.npy", b"alone"), ("2.jpg", b"k")])
+    assert [(sample.key, sample.multi_hot) for sample in good(path)] == [("0", None), ("2", None)]
+    asked = [sample for _, sample in read_numbered(path, with_npy=True) if isinstance(sample, RawSample)]
+    assert [(sample.key, sample.multi_hot) for sample in asked] == [("0", b"n"), ("1", b"alone"), ("2", None)]
 
 
 def test_a_tar_cut_anywhere_gives_the_samples_before_the_cut_and_one_bad_sample(tmp_path):

@@ -116,6 +116,18 @@ def test_several_captions_of_one_picture_go_into_the_json(tmp_path: Path) -> Non
     assert json.loads(item.json or b"") == {"captions": ["one", "two"]}
 
 
+def test_pictures_that_clip_benchmark_does_not_read_become_png_in_a_labelled_set(tmp_path: Path) -> None:
+    for name, kind in (("cat", "BMP"), ("dog", "GIF")):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        (tmp_path / "animals" / name / f"0.{kind.lower()}").write_bytes(picture(0, kind=kind))
+    write(tmp_path / "animals", tmp_path / "set")
+    with tarfile.open(tmp_path / "set/test/0.tar") as archive:
+        assert {Path(name).suffix for name in archive.getnames()} == {".png", ".cls"}
+    bmp = next(item for item in read_shard(str(tmp_path / "set/test/0.tar")) if isinstance(item, RawSample))
+    with Image.open(io.BytesIO(bmp.image or b"")) as found, Image.open(io.BytesIO(picture(0))) as wanted:
+        assert np.array_equal(np.array(found), np.array(wanted))
+
+
 def test_a_labelled_folder_becomes_a_clip_benchmark_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(("red_fox", "cat", "cat")):
         (tmp_path / "animals" / name).mkdir(parents=True, exist_ok=True)

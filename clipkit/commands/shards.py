@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CAPTIONED_SHARDS = "shard-{:06d}.tar"
 BENCHMARK_SPLIT, BENCHMARK_SHARDS = "test", "{}.tar"  # CLIP_benchmark's layout of a labelled set
+BENCHMARK_SUFFIXES = ("jpg", "png", "webp")  # what CLIP_benchmark reads
 TEMPLATES = ("a photo of a {c}.", "an image of a {c}.", "{c}")
 BAD_FRACTION_AFTER = 100  # samples; a share of fewer says little, so it is judged at the end
 EXIT_BAD_SAMPLES = 1
@@ -124,7 +125,8 @@ def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, byt
     from clipkit.data.write import picture_member
 
     captions = read_captions(record) if record.label is None else []
-    suffix, picture = picture_member(read_picture(record), image_size=config.image_size, max_pixels=config.max_pixels)
+    suffix, picture = picture_member(read_picture(record), image_size=config.image_size, max_pixels=config.max_pixels,
+                                     only=BENCHMARK_SUFFIXES if record.label is not None else None)
     if record.label is not None:
         return {suffix: picture, "cls": str(record.label).encode()}
     members = {suffix: picture, "txt": captions[0].encode("utf-8", "replace")}
@@ -135,7 +137,8 @@ def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, byt
 def next_commands(out: Path, shards: Sequence[str], classnames: Sequence[str]) -> list[str]:
     """The command lines to try with the shards just written."""
     if classnames:
-        return [f"clipkit shards check data={shlex.quote(f'{out}/test/*.tar')}"]
+        return [f"clipkit shards check data={shlex.quote(f'{out}/test/*.tar')}",
+                f"clipkit zero-shot model=ViT-B-32 pretrained=openai task={shlex.quote(str(out))}"]
     first, last = (name.removeprefix("shard-").removesuffix(".tar") for name in (shards[0], shards[-1]))
     number = first if first == last else f"{{{first}..{last}}}"
     pattern = shlex.quote(f"{out}/shard-{number}.tar")

@@ -109,8 +109,8 @@ def cut_disc(image: np.ndarray) -> np.ndarray:
       (S, S, 3) uint8, white outside the disc, where S is the shorter side of the box around all that is not white, but
       at least DISC_MIN_SHARE of the longer one; the picture itself where it is all white.
     """
-    drawn = (image < NEARLY_WHITE).any(axis=2)  # (H, W)
-    rows, columns = drawn.any(axis=1).nonzero()[0], drawn.any(axis=0).nonzero()[0]
+    drawn = np.any(image < NEARLY_WHITE, axis=2)  # (H, W)
+    rows, columns = np.flatnonzero(np.any(drawn, axis=1)), np.flatnonzero(np.any(drawn, axis=0))
     if not len(rows):
         return image
     height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]

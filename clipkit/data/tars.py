@@ -36,6 +36,7 @@ class RawSample(NamedTuple):
     text: bytes | None  # .txt
     json: bytes | None
     label: bytes | None  # .cls
+    multi_hot: bytes | None = None  # .npy; read only where asked for
 
 
 class BadSample(NamedTuple):
@@ -121,16 +122,19 @@ def read_shard(url: str, *, keep: Callable[[int], bool] | None = None, max_membe
 
 
 def read_numbered(url: str, *, keep: Callable[[int], bool] | None = None, max_member_bytes: int = MAX_MEMBER_BYTES,
-                  allow_pipe: bool = False) -> Iterator[tuple[int, RawSample | BadSample | None]]:
+                  allow_pipe: bool = False, with_npy: bool = False,
+                  ) -> Iterator[tuple[int, RawSample | BadSample | None]]:
     """As read_shard, but yield (number in the shard, item) for all samples, None for those not kept.
 
-    Trouble with the shard itself has number -1.
+    Trouble with the shard itself has number -1. `with_npy` reads .npy members too, the labels of multi-label sets; in
+    other shards they hold embeddings and the like, which would be read for nothing.
     """
+    suffixes = READ_SUFFIXES | {"npy"} if with_npy else READ_SUFFIXES
     given = 0
     waits = iter(() if is_local(url) else RETRY_AFTER_SECONDS)
     while True:
         try:
-            for number, item in _read_once(url, keep, given, max_member_bytes, allow_pipe):
+            for number, item in _read_once(url, keep, given, max_member_bytes, allow_pipe, suffixes):
                 yield number, item
                 given = number + 1
             return
@@ -143,7 +147,7 @@ def read_numbered(url: str, *, keep: Callable[[int], bool] | None = None, max_me
 
 
 def _read_once(url: str, keep: Callable[[int], bool] | None, start: int, max_member_bytes: int,
-               allow_pipe: bool) -> Iterator[tuple[int, RawSample | BadSample | None]]:
+               allow_pipe: bool, suffixes: frozenset[str]) -> Iterator[tuple[int, RawSample | BadSample | None]]:
     """Open the shard and read its samples from number `start` on; errors of the connection are raised."""
     from webdataset.tariterators import group_by_keys
 
@@ -156,7 +160,7 @@ def _read_once(url: str, keep: Callable[[int], bool] | None, start: int, max_mem
         except DAMAGE as error:
             yield -1, BadSample("unreadable shard", url, None, f"not a tar: {error}")
             return
-        members = _Members(archive, url, wanted, max_member_bytes)
+        members = _Members(archive, url, wanted, max_member_bytes, suffixes)
         number = -1
         for number, group in enumerate(group_by_keys(iter(members), keys=lambda name: (name[0], name[1]))):
             if group["__key__"] == members.cut_key:
@@ -220,8 +224,10 @@ class _Members:
       passed_over: name of a file that no sample is made of, for messages.
     """
 
-    def __init__(self, archive: _Archive, url: str, wanted: Callable[[int], bool], max_member_bytes: int) -> None:
+    def __init__(self, archive: _Archive, url: str, wanted: Callable[[int], bool], max_member_bytes: int,
+                 suffixes: frozenset[str]) -> None:
         self.archive, self.url, self.wanted, self.max_member_bytes = archive, url, wanted, max_member_bytes
+        self.suffixes = suffixes
         self.damage = ""
         self.cut_key: str | None = None
         self.passed_over = ""
@@ -253,7 +259,7 @@ class _Members:
                 continue
             name, suffix = base_plus_ext(member.name)
             leads_out = member.name.startswith("/") or ".." in member.name.split("/")
-            if leads_out or name is None or suffix is None or suffix.lower() not in READ_SUFFIXES:
+            if leads_out or name is None or suffix is None or suffix.lower() not in self.suffixes:
                 self.passed_over = self.passed_over or member.name
                 continue
             yield name, suffix.lower(), member
@@ -278,4 +284,5 @@ def _sample(group: dict[str, Any]) -> RawSample | BadSample:
         cause, detail = group[PROBLEM]
         return BadSample(cause, url, key, detail)
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), "")
-    return RawSample(key, url, group.get(suffix), suffix, group.get("txt"), group.get("json"), group.get("cls"))
+    return RawSample(key, url, group.get(suffix), suffix, group.get("txt"), group.get("json"), group.get("cls"),
+                     group.get("npy"))

@@ -132,7 +132,8 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def picture_member(data: bytes, *, image_size: int | None, max_pixels: int) -> tuple[str, bytes]:
+def picture_member(data: bytes, *, image_size: int | None, max_pixels: int,
+                   only: Sequence[str] | None = None) -> tuple[str, bytes]:
     """Check that a picture decodes, and name and shrink it for a shard.
 
     Args:
@@ -140,6 +141,7 @@ def picture_member(data: bytes, *, image_size: int | None, max_pixels: int) -> t
       image_size: bound on the shorter side; a larger picture is resized (Pillow, bicubic) and encoded again, as JPEG
         if it was one, else as PNG, over white and without metadata. None = keep the bytes as they are.
       max_pixels: as in decode_image.
+      only: suffixes that are allowed; a picture of another kind is encoded again, as PNG. None = all.
 
     Returns:
       (suffix, bytes).
@@ -149,12 +151,13 @@ def picture_member(data: bytes, *, image_size: int | None, max_pixels: int) -> t
     """
     pixels = decode_image(data, max_pixels=max_pixels)  # (H, W, 3)
     suffix = next(suffix for magic, suffix in MAGIC if data.startswith(magic))
-    if image_size is None or min(pixels.shape[:2]) <= image_size:
+    is_small = image_size is None or min(pixels.shape[:2]) <= image_size
+    if is_small and (only is None or suffix in only):
         return suffix, data
-    return _shrink(pixels, image_size, suffix == "jpg")
+    return _encode_again(pixels, min(pixels.shape[:2]) if is_small or image_size is None else image_size, suffix == "jpg")
 
 
-def _shrink(pixels: np.ndarray, image_size: int, as_jpeg: bool) -> tuple[str, bytes]:
+def _encode_again(pixels: np.ndarray, image_size: int, as_jpeg: bool) -> tuple[str, bytes]:
     height, width = pixels.shape[:2]
     scale = image_size / min(height, width)
     size = round(width * scale), round(height * scale)

@@ -1,7 +1,10 @@
 """Build the towers from an open_clip name or an inline configuration; lock them; load pretrained weights."""
 
 import copy
+import hashlib
 import importlib.util
+import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from clipkit.data.tokenize import make_tokenizer
 from clipkit.model.cbow import CBOWTextTower
 from clipkit.model.image_text import ImageTextModel
+
+CONFIG_NAME = "open_clip_config.json"
 
 # Radford et al. 2021, section 2.5, and Zhai et al. 2023 (SigLIP), section 3.2.
 TEMPERATURE = {"clip": {}, "siglip": {"init_logit_scale": 2.302585, "init_logit_bias": -10.0}}
@@ -25,7 +30,8 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
     Args:
       name: open_clip name of the architecture, or None if `config` is given.
       config: open_clip-style model_cfg; `text_cfg.kind: cbow` puts a bag of words in the Transformer's place.
-      pretrained: open_clip tag or weights file for the whole model (needs `name`).
+      pretrained: open_clip tag or weights file for the whole model (needs `name`). Where the tag, or the configuration beside
+        the file, says that the weights were trained with QuickGELU, the model gets it, whatever the name says.
       image_weights: Weights file of the timm image tower alone, or "package:<name>" of an installed package that ships one.
       image_size: Pixels a side; None = the architecture's own.
       patch_dropout: Share of image patches left out in training; None = the architecture's own.
@@ -48,20 +54,22 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
         model_cfg["vision_cfg"]["patch_dropout"] = patch_dropout
     if pretrained is None:
         model_cfg |= TEMPERATURE[loss]
-    towers = make_towers(model_cfg)
-    preprocess_cfg = _preprocess_cfg(towers)
-    if pretrained is not None:
+        towers, preprocess_cfg, source_sha256 = make_towers(model_cfg), {}, None
+    else:
         assert name is not None
-        preprocess_cfg |= _load_pretrained(towers, name, pretrained)
-        preprocess_cfg["size"] = towers.visual.image_size
+        towers, preprocess_cfg, source_sha256 = _load_pretrained(model_cfg, name, pretrained)
     if image_weights is not None:
         _load_image_weights(towers, image_weights)
-    return ImageTextModel(towers, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg},
-                          make_tokenizer(model_cfg["text_cfg"]))
+    config = {"model_cfg": model_cfg, "preprocess_cfg": complete_preprocess_cfg(towers, preprocess_cfg)}
+    model = ImageTextModel(towers, config, make_tokenizer(model_cfg["text_cfg"]))
+    model.source_sha256 = source_sha256
+    return model
 
 
 def make_towers(model_cfg: Mapping[str, Any]) -> Any:
     """Make the open_clip module that a model_cfg describes, with random weights.
+
+    A timm image tower gets vision_cfg's image_size and act_kwargs, which open_clip's own classes leave unread.
 
     Raises:
       ValueError: a key is missing or unknown, or it describes a kind of model that clipkit does not train.
@@ -88,6 +96,8 @@ def make_towers(model_cfg: Mapping[str, Any]) -> Any:
         towers: Any = (CustomTextCLIP if custom_text else CLIP)(**cfg)
     except TypeError as error:
         raise ValueError(f"model.config is not an open_clip model_cfg: {error}") from error
+    if cfg["vision_cfg"].get("timm_model_name"):
+        _fit_timm(towers.visual, cfg["vision_cfg"])
     if kind == "cbow":
         towers.text = CBOWTextTower(vocab_size=text_cfg.get("vocab_size", 49408), width=width,
                                     embed_dim=cfg["embed_dim"], context_length=context_length)
@@ -128,24 +138,59 @@ def _lock_timm(trunk: Any, unlocked_groups: int) -> None:
     freeze_batch_norm_2d(trunk, {name: True for name, group in modules.items() if group <= last_locked})
 
 
-def _preprocess_cfg(towers: Any) -> dict[str, Any]:
+def _fit_timm(visual: Any, vision_cfg: Mapping[str, Any]) -> None:
+    from timm.layers.mlp import Mlp
+    from timm.models.vision_transformer import VisionTransformer
+
+    if isinstance(visual.trunk, VisionTransformer) and visual.trunk.patch_embed.img_size != visual.image_size:
+        visual.set_input_size(visual.image_size)
+    if vision_cfg.get("act_kwargs") is not None:
+        for module in visual.trunk.modules():
+            if isinstance(module, Mlp):
+                module.act = nn.GELU(**vision_cfg["act_kwargs"])
+
+
+def complete_preprocess_cfg(towers: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in open_clip's defaults; the size is the image tower's."""
     from open_clip.transform import PreprocessCfg
 
-    return {**vars(PreprocessCfg()), "size": towers.visual.image_size}
+    return {**vars(PreprocessCfg()), **given, "size": towers.visual.image_size}
 
 
-def _load_pretrained(towers: Any, name: str, pretrained: str) -> dict[str, Any]:
-    """Load a tag's or a file's weights; return what they say about preprocessing."""
+def _load_pretrained(model_cfg: dict[str, Any], name: str, pretrained: str) -> tuple[Any, dict[str, Any], str]:
+    """Build the towers with a tag's or a file's weights and the activation that these were trained with.
+
+    Returns:
+      The towers, what the weights' source says about preprocessing, and the SHA-256 of the weights file.
+    """
     from open_clip.factory import load_checkpoint
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
-    known = get_pretrained_cfg(name, pretrained)
+    known = dict(get_pretrained_cfg(name, pretrained))
+    tags = list_pretrained_tags_by_model(name)
     if not known and not Path(pretrained).is_file():
-        tags = ", ".join(list_pretrained_tags_by_model(name)) or "none for this name"
-        raise ValueError(f"model.pretrained is {pretrained!r}, neither a file nor a tag of {name}; its tags: {tags}")
-    path = download_pretrained(known) if known else pretrained
-    load_checkpoint(towers, path)
-    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
+        raise ValueError(f"model.pretrained is {pretrained!r}, neither a file nor a tag of {name}; its tags: "
+                         f"{', '.join(tags) or 'none for this name'}")
+    path = Path(download_pretrained(known) if known else pretrained)
+    beside = path.with_name(CONFIG_NAME)
+    if not known and beside.is_file():
+        config = json.loads(beside.read_text())
+        known = config.get("preprocess_cfg", {})
+        model_cfg["quick_gelu"] = config["model_cfg"].get("quick_gelu", False)
+    elif not known and not model_cfg.get("quick_gelu") and any(get_pretrained_cfg(name, tag).get("quick_gelu") for tag in tags):
+        warnings.warn(f"{pretrained} does not say which activation its weights were trained with; {name} assumes GELU: for "
+                      f"weights of OpenAI, MetaCLIP or DFN, give {name}-quickgelu", stacklevel=3)
+    if known.get("quick_gelu"):
+        model_cfg["quick_gelu"] = True
+    towers = make_towers(model_cfg)
+    load_checkpoint(towers, str(path))
+    preprocess_cfg = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
+    return towers, preprocess_cfg, file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_image_weights(towers: Any, source: str) -> None:

@@ -3,18 +3,26 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit.data.tokenize import make_tokenizer
-from clipkit.model.build import build_model, make_towers
+from clipkit.data.tokenize import Tokenizer, make_tokenizer
+from clipkit.interop.clip_bpe import is_clip_bpe, read_bpe
+from clipkit.interop.from_transformers import OWN_TOKENIZER, model_cfg_from_transformers, preprocess_cfg_from_transformers
+from clipkit.interop.transformers_weights import open_clip_weights
+from clipkit.model.build import CONFIG_NAME, build_model, complete_preprocess_cfg, file_sha256, make_towers, read_weights
 from clipkit.model.image_text import ImageTextModel
 
-CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+# transformers' names, in the order of preference; an index names the files that the tensors are spread over.
+TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+                        "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 def save_model_folder(model: ImageTextModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -40,37 +48,124 @@ def load_model(source: str | Path, *, pretrained: str | None = None, device: str
     """Load a model for use, in evaluation mode.
 
     Args:
-      source: A run folder (runs/emoji), a model folder (runs/emoji/model), or an open_clip name (ViT-B-32).
+      source: A run folder (runs/emoji), a model folder (runs/emoji/model), a transformers folder of a CLIP or a
+        fixed-resolution SigLIP (config.json, weights, preprocessor_config.json, tokenizer), or an open_clip name (ViT-B-32).
       pretrained: open_clip tag or weights file, with an open_clip name.
       device: Where the model goes.
 
     Raises:
-      FileNotFoundError: the folder holds no model.
-      ValueError: the name or the tag is unknown.
+      FileNotFoundError: the folder holds no model, or a part of one is missing.
+      ValueError: the name or the tag is unknown, `pretrained` comes with a folder, or open_clip's classes cannot represent
+        the model.
     """
     path = Path(source)
+    if path.is_dir() and pretrained is not None:
+        raise ValueError(f"pretrained is {pretrained!r}, but the folder {source} has its own weights; leave pretrained out")
     if path.is_dir():
         model = _load_folder(path / "model" if (path / "model").is_dir() else path)
     elif os.sep in str(source):
-        raise FileNotFoundError(f"there is no folder {source}; give a run folder, a model folder or an open_clip name")
+        raise FileNotFoundError(f"there is no folder {source}; give a run folder, a model folder, a transformers "
+                                "folder or an open_clip name")
     else:
         model = build_model(str(source), pretrained=pretrained)
     return model.to(device).eval()
 
 
 def _load_folder(folder: Path) -> ImageTextModel:
-    from safetensors.torch import load_file
+    if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        return _assemble(folder, config["model_cfg"], config.get("preprocess_cfg", {}), read_weights(folder / WEIGHTS_NAME),
+                         file_sha256(folder / WEIGHTS_NAME))
+    if (folder / "config.json").is_file():
+        return _load_transformers_folder(folder)
+    raise FileNotFoundError(f"{folder} holds no model: it has neither {CONFIG_NAME} with {WEIGHTS_NAME} (clipkit, open_clip) "
+                            "nor config.json with model.safetensors (a transformers CLIP or SigLIP); give a folder that has")
 
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; give a run folder or a model folder that `clipkit pretrain` "
-                                    "or `clipkit export` wrote")
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    towers = make_towers(config["model_cfg"])
-    towers.load_state_dict(load_file(folder / WEIGHTS_NAME))
-    model = ImageTextModel(towers, config, make_tokenizer(config["model_cfg"]["text_cfg"], folder))
-    model.source_sha256 = _sha256(folder / WEIGHTS_NAME)
+
+def _load_transformers_folder(folder: Path) -> ImageTextModel:
+    config = json.loads((folder / "config.json").read_text())
+    try:
+        model_cfg = model_cfg_from_transformers(config)
+        if not _has_clip_bpe(folder):
+            model_cfg["text_cfg"]["hf_tokenizer_name"] = OWN_TOKENIZER
+        preprocess_cfg = preprocess_cfg_from_transformers(_image_processor(folder), config["model_type"],
+                                                          model_cfg["vision_cfg"]["image_size"])
+        files = _weights_files(folder)
+        tensors = {name: tensor for path in files for name, tensor in _read_safely(path).items()}
+        weights = open_clip_weights(tensors, config["model_type"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    hashes = [file_sha256(path) for path in files]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return _assemble(folder, model_cfg, preprocess_cfg, weights, sha256)
+
+
+def _assemble(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: Mapping[str, Any], weights: Mapping[str, Tensor],
+              sha256: str) -> ImageTextModel:
+    towers = make_towers(model_cfg)
+    wanted = towers.state_dict()
+    for name in sorted({*wanted, *weights}):
+        shapes = [tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (wanted, weights)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{folder}: the weights do not fit the configuration: for {name} (open_clip's name) it asks for "
+                             f"{shapes[0]}, the weights have {shapes[1]}")
+    towers.load_state_dict(weights)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": complete_preprocess_cfg(towers, preprocess_cfg)}
+    model = ImageTextModel(towers, config, _tokenizer(folder, model_cfg["text_cfg"]))
+    model.source_sha256 = sha256
     return model
+
+
+def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> Tokenizer:
+    if not text_cfg.get("hf_tokenizer_name"):
+        return make_tokenizer(text_cfg, folder)
+    try:
+        return make_tokenizer(text_cfg, folder)
+    except (ImportError, OSError, ValueError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder}: its tokenizer was not loaded ({type(error).__name__}: {cause}); it needs transformers, "
+                         'for sentencepiece files two packages more: pip install "clipkit-vl[export]" sentencepiece protobuf'
+                         ) from error
+
+
+def _has_clip_bpe(folder: Path) -> bool:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{folder} has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}; save the model's "
+                                "processor beside it")
+    files = read_bpe(folder)
+    return files is not None and is_clip_bpe(*files)
+
+
+def _image_processor(folder: Path) -> dict[str, Any]:
+    if (folder / "preprocessor_config.json").is_file():
+        return json.loads((folder / "preprocessor_config.json").read_text())
+    if (folder / "processor_config.json").is_file():  # transformers 5 writes one file for both sides
+        both = json.loads((folder / "processor_config.json").read_text())
+        if "image_processor" in both:
+            return both["image_processor"]
+    raise FileNotFoundError(f"{folder} has no preprocessor_config.json: how pictures are prepared is unknown; save the model's "
+                            "processor beside it")
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    found = [folder / name for name in TRANSFORMERS_WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has config.json but no weights; looked for {', '.join(TRANSFORMERS_WEIGHTS)}")
+    if found[0].suffix != ".json":
+        return found[:1]
+    names = sorted(set(json.loads(found[0].read_text())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise FileNotFoundError(f"{found[0]} names {name}, which is no file of the folder; fetch the missing part")
+    return [folder / name for name in names]
+
+
+def _read_safely(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_weights(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path.name} holds more than tensors and is not read, as that could run its code; convert it to "
+                         "safetensors") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -80,8 +175,3 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """ImageTextModel: two towers, two projections and a temperature. It knows nothing of losses."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,12 @@ class ImageTextModel(nn.Module):
         self._preprocess: Any = None
         self.trims_text = can_trim(towers)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a model that learns on is no longer what its file holds."""
+        if mode:
+            self.source_sha256 = None
+        return super().train(mode)
+
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
         """Embed pairs: images (B, 3, H, W), uint8 or preprocessed; tokens (B, L)."""
         return Features(self.encode_image(images), self.encode_text(tokens), self.towers.logit_scale.exp(),
@@ -63,6 +69,38 @@ class ImageTextModel(nn.Module):
             images = (images.float().div(255) - self.mean) / self.std  # (B, 3, H, W)
         return F.normalize(self.towers.encode_image(images).float(), dim=-1)
 
+    def encode_image_with_trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed images once, to the features that `encode_image` gives and to those before the projection.
+
+        Args:
+          images: (B, 3, H, W), as in `encode_image`.
+
+        Returns:
+          (B, D) unit norm, bit-equal to `encode_image`; and (B, F) fp32 as the trunk gives them, not normalised.
+
+        Raises:
+          ValueError: the image tower has no projection of its own (see `has_trunk_features`).
+        """
+        projection = _image_projection(self.towers.visual)
+        if projection is None:
+            kind = type(self.towers.visual).__name__
+            raise ValueError(f"the image tower ({kind}) has no separate projection, so no features before it; use its "
+                             "projected features, or a model with a ViT or a timm tower with a linear or mlp projection")
+        if images.dtype == torch.uint8:
+            images = (images.float().div(255) - self.mean) / self.std  # (B, 3, H, W)
+        if isinstance(projection, Tensor):
+            trunk = type(self.towers.visual).forward(_Unprojected(self.towers.visual), images)  # (B, F)
+            return F.normalize((trunk @ projection).float(), dim=-1), trunk.float()
+        seen: list[Tensor] = []
+        with projection.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])):
+            features = self.towers.encode_image(images)  # (B, D)
+        return F.normalize(features.float(), dim=-1), seen[0].float()
+
+    @property
+    def has_trunk_features(self) -> bool:
+        """Whether `encode_image_with_trunk` can be used; a ResNet's attention pool, for one, projects as it pools."""
+        return _image_projection(self.towers.visual) is not None
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embed token ids (B, L). (B, D) unit norm."""
         trimmed = self.trims_text and tokens.device.type == "cpu"
@@ -71,11 +109,16 @@ class ImageTextModel(nn.Module):
 
     def preprocess(self, image: "Image") -> Tensor:
         """Resize, crop and normalise a picture exactly as open_clip evaluates it. (3, H, W) float."""
+        return self.transform(image)
+
+    @property
+    def transform(self) -> "Callable[[Image], Tensor]":
+        """What `preprocess` applies. It holds no weights, so loader processes can have it."""
         if self._preprocess is None:
             from open_clip.transform import PreprocessCfg, image_transform_v2
 
             self._preprocess = image_transform_v2(PreprocessCfg(**self.config["preprocess_cfg"]), is_train=False)
-        return self._preprocess(image)
+        return self._preprocess
 
     @torch.no_grad()
     def clamp_logit_scale(self, maximum: float = 4.6052) -> None:  # ln(100), Radford et al. 2021, section 2.5
@@ -104,3 +147,32 @@ def parameter_counts(model: ImageTextModel) -> dict[str, int]:
 def stack_images(model: ImageTextModel, images: Sequence["Image"]) -> Tensor:
     """Preprocess pictures into one tensor (N, 3, H, W) on the model's device."""
     return torch.stack([model.preprocess(image) for image in images]).to(model.device)
+
+
+class _Unprojected:
+    """Stands in for an open_clip ViT inside its own forward: it has no projection, all else is the tower's."""
+
+    proj = None
+    output_tokens = False
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.visual, name)
+
+
+def _image_projection(visual: Any) -> Tensor | nn.Module | None:
+    """The last step of an image tower: a ViT's matrix (F, D), a timm tower's module, or None where it has none of its own."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(visual, VisionTransformer):
+        return visual.proj
+    if not isinstance(visual, TimmModel):
+        return None
+    head, trunk = cast(Any, visual.head), cast(Any, visual.trunk)
+    if len(head):
+        return getattr(head, "proj", getattr(head, "mlp", None))
+    classifier = trunk.get_classifier()  # open_clip lets timm's own classifier project where no other is asked for
+    return classifier if isinstance(classifier, nn.Linear) else None
