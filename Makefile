@@ -15,7 +15,7 @@ DEFAULT_DOWNLOAD = $(if $(filter Darwin,$(shell uname -s)),about 0.4 GB,about 3 
 DOWNLOAD = $(if $(TORCH)$(TORCH_INDEX)$(UV_TORCH_BACKEND),torch as chosen and what it needs,$(DEFAULT_DOWNLOAD))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-all lint wheel clean
+.PHONY: help install pretrain zero-shot test test-all lint wheel clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ install: $(INSTALLED) ## make .venv and install clipkit in it, editable, with wh
 
 pretrain: $(INSTALLED) ## train a small CLIP on the embedded emoji set (about 1,600 CPU seconds)
 	$(BIN)/clipkit pretrain $(ARGS)
+
+zero-shot: $(INSTALLED) ## measure runs/emoji on its three tests, with intervals and a report
+	$(BIN)/clipkit zero-shot $(ARGS)
 
 test: $(INSTALLED) ## run the quick tests (CPU, offline)
 	$(BIN)/python -m pytest -m "not slow and not multiprocess" $(ARGS)

@@ -6,6 +6,9 @@ from importlib import metadata
 
 COMMANDS = {
     "pretrain": ("clipkit.commands.pretrain", "train a CLIP on image-text shards"),
+    "zero-shot": ("clipkit.commands.zero_shot", "measure any CLIP by text alone, or name and find your own pictures"),
+    "compare": ("clipkit.commands.compare", "tell whether two models differ by more than chance"),
+    "embed": ("clipkit.commands.embed", "write the embeddings of pictures and captions as arrays"),
     "shards": ("clipkit.commands.shards", "write shards from folders and tables, or check them"),
 }
 

@@ -38,21 +38,28 @@ def free_port() -> int:
 
 def settings(*arguments: str, config_dir=None, model=None):
     """The settings of `clipkit pretrain [--config-dir ... model=...] <arguments>`, composed as the command does."""
+    from clipkit.commands.pretrain import IMPLIED
+    from clipkit.config import PretrainConfig
+
+    chosen = (f"model={model}",) if model else ()
+    return command_settings("pretrain", PretrainConfig, *chosen, *arguments, config_dir=config_dir, implied=IMPLIED)
+
+
+def command_settings(command: str, schema, *arguments: str, config_dir=None, implied=None):
+    """The settings of `clipkit <command> <arguments>`, composed as the command does."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from clipkit.commands.pretrain import IMPLIED
-    from clipkit.config import PretrainConfig, parse
+    from clipkit.config import parse
     from clipkit.config.command_line import conf_dir, groups_of, hydra_arguments
 
-    shared, own = conf_dir() / "shared", conf_dir() / "pretrain"
-    folders = [shared, own, *([config_dir] if config_dir else [])]
-    chosen = (f"model={model}",) if model else ()
-    overrides = hydra_arguments((*chosen, *arguments), PretrainConfig, groups_of(folders), IMPLIED)
-    search = ",".join(f"file://{folder}" for folder in (shared, *([config_dir] if config_dir else [])))
+    shared, own = conf_dir() / "shared", conf_dir() / command
+    extra = [config_dir] if config_dir else []
+    overrides = hydra_arguments(arguments, schema, groups_of([shared, own, *extra]), implied)
+    search = ",".join(f"file://{folder}" for folder in (shared, *extra))
     with initialize_config_dir(str(own), version_base="1.3"):
         values = compose("config", [f"hydra.searchpath=[{search}]", *overrides])
-    return parse(PretrainConfig, OmegaConf.to_container(values, resolve=True))
+    return parse(schema, OmegaConf.to_container(values, resolve=True))
 
 
 @pytest.fixture(scope="session")

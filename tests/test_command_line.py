@@ -240,7 +240,7 @@ def test_cfg_job_prints_all_values_without_loading_torch():
     (["--help"], 0, "pretrain"), ([], 0, "shards"), (["--version"], 0, "clipkit 0."),
     (["pretrain", "--help"], 0, "optim.lr "), (["pretrain", "-h"], 0, "model        emoji | open_clip | tiny"),
     (["shards"], 0, "clipkit shards write"), (["shards", "check", "--help"], 0, "context_length"),
-    (["train"], 1, "clipkit: 'train' is not a command; choose one of pretrain, shards"),
+    (["train"], 1, "clipkit: 'train' is not a command; choose one of pretrain, zero-shot, compare, embed, shards"),
     (["shards", "read"], 2, "clipkit: shards read: no such command; choose write or check"),
 ], ids=str)
 def test_help_and_wrong_commands(arguments, code, text):

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor, ImageFont
 
-from clipkit.evaluation.contact_sheet import FONT_SIZE, GREEN, draw_contact_sheet, fit_text, without_accents
+from clipkit.evaluation.contact_sheet import (
+    FONT_SIZE,
+    GREEN,
+    INK,
+    LINE_HEIGHT,
+    MARGIN,
+    draw_contact_sheet,
+    fit_text,
+    without_accents,
+)
 from clipkit.evaluation.predictions import Prediction
 
 
@@ -60,3 +69,21 @@ def test_accents_that_the_font_lacks_are_taken_off() -> None:
 def test_a_sheet_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are no predictions to draw"):
         draw_contact_sheet([], tmp_path / "a.png")
+
+
+def test_pictures_without_a_right_name_have_their_first_guess_in_black_and_no_green(tmp_path: Path) -> None:
+    guesses = (("98%  a cat", False), ("2%  a dog", False))
+    unlabelled = Prediction(Image.new("RGB", (64, 64), "orange"), "", guesses)
+    draw_contact_sheet([unlabelled], tmp_path / "unlabelled.png")
+    draw_contact_sheet([unlabelled._replace(label="a cow")], tmp_path / "labelled.png")
+    assert count_colour(tmp_path / "unlabelled.png", GREEN) == 0
+    assert count_colour(tmp_path / "unlabelled.png", INK) > 0
+    with Image.open(tmp_path / "unlabelled.png") as unlabelled_sheet, Image.open(tmp_path / "labelled.png") as labelled_sheet:
+        assert unlabelled_sheet.height == labelled_sheet.height - LINE_HEIGHT  # no line for the right name
+
+
+def test_a_long_title_stays_on_the_sheet(tmp_path: Path) -> None:
+    draw_contact_sheet([prediction(None)], tmp_path / "long.png", title="a very long query about 猫 " * 20)
+    with Image.open(tmp_path / "long.png") as sheet:
+        margin = sheet.crop((sheet.width - MARGIN, 0, sheet.width, 30))
+        assert margin.getcolors() == [(margin.width * margin.height, (255, 255, 255))]

@@ -1,8 +1,10 @@
 """Evaluation from shards to numbers: tasks, features, baseline, several processes."""
 
+import functools
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.tars import BadSample
 from clipkit.evaluation import tasks
 from clipkit.evaluation.encode import encode_task, encode_texts, evaluation_mode
+from clipkit.evaluation.image_sets import ShardImages
 from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
 from clipkit.evaluation.predictions import predict
-from clipkit.evaluation.tasks import Task, TaskSample, load_task, read_task
+from clipkit.evaluation.tasks import Task, TaskSample, load_task
 from clipkit.evaluation.zero_shot import evaluate
 
 
@@ -71,11 +74,11 @@ def caption_shards(tmp_path: Path) -> Path:
 def test_an_emoji_task_has_the_concepts_of_its_split_and_two_prompt_rules(small_emoji: Path) -> None:
     task = load_task("emoji_test_concept", cache_dir=small_emoji)
     rows = [row for row in tasks.read_emoji_rows() if row.split == "test_concept"]
-    assert set(task.classes) == {row.concept for row in rows}
-    number = list(task.classes).index(rows[0].concept)
+    assert set(task.classes) == {row.label for row in rows}
+    number = task.classes.index(rows[0].label)
     assert task.prompts["label"][number] == [rows[0].label]
     assert task.prompts["label_and_tags"][number] == [", ".join((rows[0].label, *rows[0].tags))]
-    labels = {sample.label for sample in read_task(task) if isinstance(sample, TaskSample)}
+    labels = {sample.label for sample in task.images.read() if isinstance(sample, TaskSample)}
     assert labels == set(range(len(task.classes)))
 
 
@@ -88,14 +91,14 @@ def test_the_full_tasks_have_the_class_numbers_of_the_readme(monkeypatch: pytest
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_every_sample_falls_to_exactly_one_process(caption_shards: Path, world_size: int) -> None:
     task = load_task(str(caption_shards))
-    shares = [[sample.position for sample in read_task(task, rank=rank, world_size=world_size)
+    shares = [[sample.position for sample in task.images.read(rank, world_size)
                if isinstance(sample, TaskSample)] for rank in range(world_size)]
     assert sorted(position for share in shares for position in share) == [(s, n) for s in range(2) for n in range(5)]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1 + len(task.shards)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1 + 2
 
 
 def test_captions_come_from_the_json_list_or_the_text(caption_shards: Path) -> None:
-    samples = list(read_task(load_task(f"{caption_shards}/000.tar")))
+    samples = list(load_task(f"{caption_shards}/000.tar").images.read())
     assert [len(sample.captions) for sample in samples if isinstance(sample, TaskSample)] == [3, 1, 3, 1, 3]
     assert isinstance(samples[1], TaskSample)
     assert samples[1].captions == ("picture 0-1",)
@@ -118,9 +121,10 @@ def test_samples_that_cannot_be_used_are_counted_by_cause(tiny_model, tmp_path: 
 
 def test_a_concept_outside_the_classes_is_a_bad_sample(small_emoji: Path) -> None:
     task = load_task("emoji_val", cache_dir=small_emoji)
-    concept = next(iter(task.classes))
-    fewer = Task(task.name, task.split, task.kind, task.shards, {concept: task.classes[concept]}, {})
-    bad = [sample for sample in read_task(fewer) if isinstance(sample, BadSample)]
+    assert isinstance(task.images, ShardImages) and isinstance(task.images.target_of, functools.partial)
+    concept = next(iter(task.images.target_of.keywords["numbers"]))
+    fewer = replace(task.images, target_of=functools.partial(task.images.target_of.func, numbers={concept: 0}))
+    bad = [sample for sample in fewer.read() if isinstance(sample, BadSample)]
     assert {sample.cause for sample in bad} == {"unknown class"}
 
 
@@ -131,7 +135,7 @@ def test_a_task_without_a_usable_image_is_refused(tiny_model, tmp_path: Path) ->
 
 
 def features_one_by_one(model, task: Task) -> tuple[Tensor, Tensor]:
-    samples = [sample for sample in read_task(task) if isinstance(sample, TaskSample)]
+    samples = [sample for sample in task.images.read() if isinstance(sample, TaskSample)]
     with torch.no_grad():
         features = torch.cat([model.encode_image(model.preprocess(sample.image)[None]) for sample in samples])
     return features, torch.tensor([sample.label for sample in samples])
@@ -161,7 +165,7 @@ def test_retrieval_equals_the_slow_reference(tiny_model, caption_shards: Path) -
     tiny_model.eval()
     task = load_task(str(caption_shards))
     images, _ = features_one_by_one(tiny_model, task)
-    captions = [(number, caption) for number, sample in enumerate(read_task(task)) if isinstance(sample, TaskSample)
+    captions = [(number, caption) for number, sample in enumerate(task.images.read()) if isinstance(sample, TaskSample)
                 for caption in sample.captions]
     owners = torch.tensor([number for number, _ in captions])
     with torch.no_grad():

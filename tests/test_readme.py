@@ -77,7 +77,7 @@ def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
         return
     arguments = words[words.index("clipkit") + 1:]
-    command = arguments.pop(0) if arguments[0] == "pretrain" else "/".join([arguments.pop(0), arguments.pop(0)])
+    command = "/".join([arguments.pop(0), arguments.pop(0)]) if arguments[0] == "shards" else arguments.pop(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["clipkit"])
     composed = compose(command, arguments)
@@ -89,8 +89,10 @@ def compose(command: str, arguments: list[str]) -> list:
     from clipkit.config import PretrainConfig
     from clipkit.config.launch import launch
     from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
+    from clipkit.config.zero_shot import CompareConfig, EmbedConfig, ZeroShotConfig
 
-    schema = {"pretrain": PretrainConfig, "shards/write": ShardsWriteConfig, "shards/check": ShardsCheckConfig}[command]
+    schema = {"pretrain": PretrainConfig, "shards/write": ShardsWriteConfig, "shards/check": ShardsCheckConfig,
+              "zero-shot": ZeroShotConfig, "compare": CompareConfig, "embed": EmbedConfig}[command]
     found: list = []
     try:
         launch(command, schema, lambda config: found.append(config), arguments, IMPLIED if command == "pretrain" else None)

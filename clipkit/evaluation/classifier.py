@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipkit.evaluation.encode import encode_texts
+from clipkit.evaluation.store import EmbeddingStore
+from clipkit.evaluation.text_features import average_prompts, check_prompts, encode_texts
 from clipkit.model.image_text import ImageTextModel, stack_images
 
 if TYPE_CHECKING:
@@ -97,19 +96,22 @@ def prompt_templates(templates: str | Sequence[str]) -> list[Callable[[str], str
 
 
 def class_weights(model: ImageTextModel, prompts: Sequence[Sequence[str]], *, batch_size: int = 256,
-                  spread: bool = False) -> Tensor:
+                  spread: bool = False, store: EmbeddingStore | None = None) -> Tensor:
     """Embed classes: each prompt to unit norm, the mean over a class's prompts, and that to unit norm again.
 
     Args:
       model: encodes the texts.
       prompts: for each of C classes its texts, at least one.
-      batch_size: texts that are encoded at once.
-      spread: as in `encode_texts`.
+      batch_size, spread, store: as in `encode_texts`.
 
     Returns:
-      (C, D) unit norm, fp32, on the model's device.
+      (C, D) unit norm, fp32, on the model's device. A row is the same whatever the other classes are, up to the last
+      bits of the texts' features, which hang on the batches.
+
+    Raises:
+      ValueError: a class has no prompt.
     """
-    texts = [text for of_class in prompts for text in of_class]
-    features = encode_texts(model, texts, batch_size=batch_size, spread=spread)  # (all prompts, D)
-    means = [part.mean(dim=0) for part in features.split([len(of_class) for of_class in prompts])]  # C of (D,)
-    return F.normalize(torch.stack(means), dim=-1)
+    check_prompts(prompts)
+    distinct = list(dict.fromkeys(text for of_class in prompts for text in of_class))
+    features = encode_texts(model, distinct, batch_size=batch_size, spread=spread, store=store)  # (distinct texts, D)
+    return average_prompts(features, distinct, prompts)

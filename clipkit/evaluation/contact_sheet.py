@@ -1,4 +1,4 @@
-"""predictions.png: pictures with the names that a model gives them, right ones green. Pillow alone."""
+"""predictions.png: pictures with the names that a model gives them, right ones green where the right name is known."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ def draw_contact_sheet(predictions: Sequence[Prediction], path: Path, *, title: 
     """Draw a sheet of predictions.
 
     Each picture has its guesses below, the best first: the right one green, others grey. Where none is right, the right
-    name follows in black. A green frame: the first guess is right.
+    name follows in black. A green frame: the first guess is right. Pictures without a right name (label "") have the
+    first line in black and the others grey.
 
     Args:
       predictions: at least one.
@@ -33,7 +34,7 @@ def draw_contact_sheet(predictions: Sequence[Prediction], path: Path, *, title: 
     """
     if not predictions:
         raise ValueError("there are no predictions to draw; give at least one picture")
-    num_lines = max(len(prediction.guesses) for prediction in predictions) + 1
+    num_lines = max(len(prediction.guesses) + bool(prediction.label) for prediction in predictions)
     cell_height = PICTURE_SIZE + num_lines * LINE_HEIGHT + 2 * MARGIN
     columns = min(COLUMNS, len(predictions))
     header = 2 * MARGIN + 22 if title else MARGIN
@@ -41,7 +42,8 @@ def draw_contact_sheet(predictions: Sequence[Prediction], path: Path, *, title: 
     sheet = Image.new("RGB", (columns * CELL_WIDTH + MARGIN, header + num_rows * cell_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(18))
+        font = ImageFont.load_default(18)
+        draw.text((MARGIN, MARGIN), fit_text(without_accents(title), font, sheet.width - 2 * MARGIN), INK, font)
     for number, prediction in enumerate(predictions):
         row, column = divmod(number, columns)
         _draw_cell(sheet, draw, (MARGIN + column * CELL_WIDTH, header + row * cell_height), prediction)
@@ -61,7 +63,9 @@ def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int,
     draw.rectangle(frame, outline=GREEN if first_is_right else FRAME, width=2)
     sheet.paste(picture, centre)
     lines = [(name, GREEN if right else GREY) for name, right in prediction.guesses]
-    if not any(right for _, right in prediction.guesses):
+    if not prediction.label:
+        lines[:1] = [(name, INK) for name, _ in lines[:1]]
+    elif not any(right for _, right in prediction.guesses):
         lines.append((f"= {prediction.label}", INK))
     font = ImageFont.load_default(FONT_SIZE)
     for number, (text, colour) in enumerate(lines):

@@ -11,6 +11,11 @@ from clipkit.training.atomic_files import write_text_atomically
 
 SCHEMA_VERSION = 1
 MAX_TASK_LENGTH = 30  # characters, in the table for people
+NO_FRACTIONS = ("nll", "nll_100", "lp_lambda", "image_retrieval_median_rank", "text_retrieval_median_rank")
+SHORT = {"_retrieval_recall": " R", "_retrieval_median_rank": " median", "mean_per_class_recall": "class recall",
+         "mean_average_precision": "mAP"}
+# Not in the table: it has to fit a terminal.
+ONLY_IN_FILES = ("ece_100", "nll", "nll_100", "tie_rate", "lp_lambda", "mean_average_precision_11_points")
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,10 @@ class Result:
     split: str
     kind: str
     metric: str  # CLIP_benchmark's name
-    value: float  # a fraction
+    value: float  # a fraction, but for nll (nats), median ranks (the first place is 1) and lambda
     n: int  # images or captions that were asked about
-    ci_low: float  # 95 % interval
-    ci_high: float
+    ci_low: float | None  # 95 % interval; None for what has none
+    ci_high: float | None
     num_classes: int | None  # None where there are no classes
     prompts: str  # the rule that wrote the texts; "" where none was needed
     n_bad: int  # samples that could not be used
@@ -71,10 +76,11 @@ def results_table(results: Sequence[Result]) -> str:
     """Write results as plain text for people: a table a kind, a line for each task and prompt rule, metrics as columns.
 
     Returns:
-      The text without a final newline; each value in percent with its 95 % interval.
+      The text without a final newline; fractions in percent, each value with its 95 % interval.
     """
+    results = [result for result in results if result.metric not in ONLY_IN_FILES]
     return "\n\n".join(
-        _align(_cells([result for result in results if result.kind == kind]))
+        align(_cells([result for result in results if result.kind == kind]))
         for kind in dict.fromkeys(result.kind for result in results)
     )
 
@@ -82,12 +88,12 @@ def results_table(results: Sequence[Result]) -> str:
 def _cells(results: Sequence[Result]) -> list[list[str]]:
     """The cells of one kind's table, header first."""
     metrics = list(dict.fromkeys(result.metric for result in results))
-    cells = [["task", "n", "classes", "prompts", *(metric.replace("_retrieval_recall", " R") for metric in metrics)]]
+    cells = [["task", "n", "classes", "prompts", *(short_name(metric) for metric in metrics)]]
     for task, prompts in dict.fromkeys((result.task, result.prompts) for result in results):
         line = {result.metric: result for result in results if (result.task, result.prompts) == (task, prompts)}
         sizes = " / ".join(dict.fromkeys(str(result.n) for result in line.values()))  # captions / images in retrieval
         classes = next(str(result.num_classes or "") for result in line.values())
-        values = [_percent(line[metric]) if metric in line else "" for metric in metrics]
+        values = [_shown(line[metric]) if metric in line else "" for metric in metrics]
         cells.append([_shorten(task), sizes, classes, prompts, *values])
     return cells
 
@@ -97,11 +103,22 @@ def _shorten(task: str) -> str:
     return task if len(task) <= MAX_TASK_LENGTH else "..." + task[-MAX_TASK_LENGTH + 3:]
 
 
-def _percent(result: Result) -> str:
-    return f"{result.value:.1%} ({result.ci_low * 100:.1f}-{result.ci_high * 100:.1f})"
+def short_name(metric: str) -> str:
+    """The name of a metric as a table's column: CLIP_benchmark's, the long ones in short."""
+    for long, short in SHORT.items():
+        metric = metric.replace(long, short)
+    return metric
 
 
-def _align(cells: list[list[str]]) -> str:
+def _shown(result: Result) -> str:
+    scale, digits, unit = (1, 1, "") if result.metric in NO_FRACTIONS else (100, 1, "%")
+    value = f"{result.value * scale:.{digits}f}{unit}"
+    if result.ci_low is None or result.ci_high is None:
+        return value
+    return f"{value} ({result.ci_low * scale:.{digits}f}-{result.ci_high * scale:.{digits}f})"
+
+
+def align(cells: list[list[str]]) -> str:
     """Pad the cells of a table to columns; a rule below the header."""
     keep = [column for column in range(len(cells[0])) if any(line[column] for line in cells[1:])]
     widths = {column: max(len(line[column]) for line in cells) for column in keep}

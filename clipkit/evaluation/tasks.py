@@ -1,21 +1,36 @@
-"""What a model is measured on: the shards of a task, its classes, and the texts that stand for each class."""
+"""What a model is measured on: the pictures of a task, its classes, and the texts that stand for each class."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from PIL import Image
-
-from clipkit.data.decode import DecodeError, decode_image
 from clipkit.data.emoji import emoji_shards
 from clipkit.data.emoji.pack import EmojiRow, read_emoji_rows
-from clipkit.data.shards import expand_shards
-from clipkit.data.tars import BadSample, RawSample, read_numbered
+from clipkit.data.samples import SampleError
+from clipkit.data.shards import TABLE_SUFFIXES, expand_shards
+from clipkit.data.tars import RawSample, is_local
+from clipkit.evaluation.benchmark_layout import find_benchmark_set, open_benchmark_set
+from clipkit.evaluation.image_sets import (
+    CLASSIFICATION,
+    MULTI_LABEL,
+    RETRIEVAL,
+    ImageSet,
+    OpenedSet,
+    ShardImages,
+    Target,
+    TaskSample,
+    pictures_in,
+)
+from clipkit.evaluation.labelled_files import open_folder, open_table
 
-CLASSIFICATION = "zeroshot_classification"
-RETRIEVAL = "zeroshot_retrieval"
+__all__ = ["CLASSIFICATION", "EMOJI_PROMPTS", "EMOJI_SPLITS", "KINDS", "MULTI_LABEL", "RETRIEVAL", "ImageSet", "Task",
+           "TaskSample", "empty_classes", "load_task", "pictures_in"]
+
+KINDS = (CLASSIFICATION, RETRIEVAL, MULTI_LABEL)
 EMOJI_SPLITS = {"emoji_val": "val", "emoji_test_style": "test_style", "emoji_test_concept": "test_concept"}
 # Fixed rules, always reported side by side: none is chosen by its result. Several texts of a class are averaged.
 EMOJI_PROMPTS: dict[str, Callable[[EmojiRow], list[str]]] = {
@@ -23,110 +38,167 @@ EMOJI_PROMPTS: dict[str, Callable[[EmojiRow], list[str]]] = {
     "label_and_tags": lambda row: [", ".join((row.label, *row.tags))],
     "ensemble": lambda row: [row.label, ", ".join((row.label, *row.tags)), ", ".join(row.tags)],
 }
-MAX_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
+POSSIBLE = ("shards, a set in the layout of CLIP_benchmark (folder or URL), a folder of class folders or of pictures with "
+            ".txt captions, or a .csv, .tsv or .parquet table")
+NAMES_SHOWN = 5  # in messages
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set of images and what is asked about them."""
+    """A set of pictures and what is asked about them."""
 
     name: str
     split: str
-    kind: str  # CLASSIFICATION or RETRIEVAL
-    shards: tuple[str, ...]
-    classes: dict[str, str] = field(default_factory=dict)  # json value of `concept` -> name of the class, in order
+    kind: str  # one of KINDS
+    images: ImageSet
+    classes: tuple[str, ...] = ()  # names; () of a retrieval task
     prompts: dict[str, list[list[str]]] = field(default_factory=dict)  # name of the rule -> texts of each class
+    train: "Task | None" = None  # the labelled train split, with the same classes
 
 
-class TaskSample(NamedTuple):
-    """One image of a task."""
-
-    position: tuple[int, int]  # (number of the shard, number in the shard)
-    image: Image.Image  # RGB
-    label: int  # class, or -1 in a retrieval task
-    captions: tuple[str, ...]  # of a retrieval task
-
-
-def load_task(name: str, *, cache_dir: str | Path | None = None) -> Task:
+def load_task(name: str, *, cache_dir: str | Path | None = None, split: str | None = None,
+              templates: str | Path | Sequence[str] | None = None, kind: str | None = None) -> Task:
     """Find a task.
 
     Args:
-      name: "emoji_val", "emoji_test_style" or "emoji_test_concept" (classes: the concepts of that split); or image-text
-        shards, as a pattern or a folder of tars: retrieval among their images and captions.
+      name: "emoji_val", "emoji_test_style" or "emoji_test_concept" (classes: the concepts of that split); a set in the
+        layout of CLIP_benchmark, or a folder of class folders, with or without splits: the set or one of its splits; a
+        folder of pictures with a .txt beside each; a table; or image-text shards, as a pattern or a folder of tars.
       cache_dir: folder for unpacked data, None = the user's cache.
+      split: of a set that has several; None = "test".
+      templates: as in `prompt_rules`, for the tasks with classes. None = the emoji tasks' three rules, a set's own
+        templates, or "openai80".
+      kind: one of KINDS; None = what the data say.
 
     Raises:
-      FileNotFoundError: there is no such task and no such shard.
-      ValueError: the pattern cannot be read as shards.
+      FileNotFoundError: there is no such task, split or shard.
+      ValueError: the data, the classes or the templates cannot be used.
     """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; choose one of {list(KINDS)}")
     if name in EMOJI_SPLITS:
-        return _emoji_task(name, cache_dir)
-    try:
-        shards = expand_shards([f"{name}/*.tar" if Path(name).is_dir() else name])
-    except FileNotFoundError as error:
-        known = ", ".join(EMOJI_SPLITS)
-        raise FileNotFoundError(f"task {name!r} is neither one of {known} nor shards: {error}") from error
-    return Task(name=name, split="all", kind=RETRIEVAL, shards=tuple(shards))
+        if split not in (None, EMOJI_SPLITS[name]) or kind not in (None, CLASSIFICATION):
+            raise ValueError(f"task {name!r} is the split {EMOJI_SPLITS[name]!r}, a {CLASSIFICATION}; leave split and kind out")
+        return _emoji_task(name, cache_dir, templates)
+    found = _open(name, split, kind)
+    prompts = {}
+    if found.classes:
+        from clipkit.evaluation.prompt_rules import prompt_rules
+
+        _check_classes(found.classes, found.source_of_classes)
+        prompts = prompt_rules(found.classes, templates, own=found.templates)
+    train = Task(name, "train", found.kind, found.train, found.classes) if found.train else None
+    return Task(name, found.split, found.kind, found.images, found.classes, prompts, train)
 
 
-def read_task(task: Task, *, rank: int = 0, world_size: int = 1) -> Iterator[TaskSample | BadSample]:
-    """Read the share of a task's samples that falls to one of several processes, in order.
+def empty_classes(task: Task, label_sets: Sequence[Sequence[int]]) -> str:
+    """Say in one line which classes of a task have no picture; "" where all have one.
 
-    Every sample falls to exactly one of them. A sample that cannot be used comes as a BadSample.
+    Args:
+      task: with classes.
+      label_sets: the right classes of each picture that could be used.
     """
-    class_numbers = {concept: number for number, concept in enumerate(task.classes)}
-    for shard_number, url in enumerate(task.shards):
-        turn = (rank - shard_number) % world_size
-
-        def is_mine(number: int, turn: int = turn) -> bool:
-            return number % world_size == turn
-
-        for number, raw in read_numbered(url, keep=is_mine):
-            if isinstance(raw, BadSample) and (number >= 0 or turn == 0):  # trouble with the shard itself: told by one
-                yield raw
-            elif isinstance(raw, RawSample):
-                yield _task_sample(task, class_numbers, (shard_number, number), raw)
+    present = {label for labels in label_sets for label in labels}
+    empty = [name for number, name in enumerate(task.classes) if number not in present]
+    if not empty:
+        return ""
+    more = ", ..." if len(empty) > NAMES_SHOWN else ""
+    return (f"{len(empty)} of {len(task.classes)} classes of {task.name} have no picture "
+            f"({', '.join(empty[:NAMES_SHOWN])}{more}): they are possible answers, and no part of the means over classes")
 
 
-def _emoji_task(name: str, cache_dir: str | Path | None) -> Task:
-    split = EMOJI_SPLITS[name]
-    rows = {row.concept: row for row in sorted(read_emoji_rows(), key=lambda row: row.concept) if row.split == split}
-    return Task(
-        name=name,
-        split=split,
-        kind=CLASSIFICATION,
-        shards=tuple(emoji_shards(split, cache_dir)),
-        classes={concept: row.label for concept, row in rows.items()},
-        prompts={rule: [write(row) for row in rows.values()] for rule, write in EMOJI_PROMPTS.items()},
-    )
+def _open(name: str, split: str | None, kind: str | None) -> OpenedSet:
+    """Find out what a name means, and open it."""
+    if not name or name.startswith("pipe:"):
+        raise ValueError(f"task is {name!r}; give one of {', '.join(EMOJI_SPLITS)}, or {POSSIBLE}")
+    benchmark = find_benchmark_set(name)
+    if benchmark is not None:
+        root, own_split = benchmark
+        return open_benchmark_set(root, split or own_split or "test", kind)
+    path = Path(name).expanduser() if is_local(name) else None
+    is_shards = path is None or not path.is_dir() or any(path.glob("*.tar"))
+    if is_shards and split is not None:
+        raise ValueError(f"split is {split!r}, but task {name!r} has no splits; leave it out")
+    if path is not None and path.suffix.lower() in TABLE_SUFFIXES:
+        return open_table(path, kind)
+    if path is not None and not is_shards:
+        return open_folder(path, split, kind)
+    return _captioned_shards(name, path, kind)
 
 
-def _task_sample(task: Task, class_numbers: dict[str, int], position: tuple[int, int],
-                 raw: RawSample) -> TaskSample | BadSample:
-    """Decode one sample and look up its class or its captions."""
-    if raw.image is None:
-        return BadSample("no image", raw.url, raw.key, "the sample has no picture")
-    label, captions = -1, ()
+def _captioned_shards(name: str, path: Path | None, kind: str | None) -> OpenedSet:
+    try:
+        shards = expand_shards([f"{path}/*.tar" if path is not None and path.is_dir() else name])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"task {name!r} is neither one of {', '.join(EMOJI_SPLITS)} nor {POSSIBLE}: "
+                                f"{error}") from error
+    if kind not in (None, RETRIEVAL):
+        raise ValueError(f"kind is {kind!r}, but {name!r} is shards without class names; put them into the layout of "
+                         f"CLIP_benchmark (<split>/0.tar, classnames.txt), or give kind={RETRIEVAL}")
+    return OpenedSet(RETRIEVAL, "all", ShardImages(tuple(shards), _captions, "captions"))
+
+
+def _emoji_task(name: str, cache_dir: str | Path | None, templates: str | Path | Sequence[str] | None) -> Task:
+    split, every = EMOJI_SPLITS[name], read_emoji_rows()
+    rows = {row.concept: row for row in sorted(every, key=lambda row: row.concept) if row.split == split}
+    numbers = {concept: number for number, concept in enumerate(rows)}
+    classes = tuple(row.label for row in rows.values())
+    if templates is None:
+        prompts = {rule: [write(row) for row in rows.values()] for rule, write in EMOJI_PROMPTS.items()}
+    else:
+        from clipkit.evaluation.prompt_rules import prompt_rules
+
+        prompts = prompt_rules(classes, templates)
+    meaning = json.dumps(list(rows))
+    images = ShardImages(tuple(emoji_shards(split, cache_dir)), partial(_concept, numbers=numbers), f"concepts {meaning}")
+    train = None
+    if any(row.split == "train" and row.concept in rows for row in every):
+        labelled = ShardImages(tuple(emoji_shards("train", cache_dir)), partial(_concept, numbers=numbers, others_pass=True),
+                               f"concepts, without others {meaning}")
+        train = Task(name, "train", CLASSIFICATION, labelled, classes)
+    return Task(name, split, CLASSIFICATION, images, classes, prompts, train)
+
+
+def _check_classes(classes: Sequence[str], origin: str) -> None:
+    """Refuse class names that cannot be told apart, or say nothing."""
+    blank = [number for number, name in enumerate(classes) if not name.strip()]
+    if blank:
+        raise ValueError(f"class {blank[0]} of {origin} (counted from 0) has an empty name; give every class a name")
+    twice = [f"{name!r} {count} times" for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        more = ", ..." if len(twice) > NAMES_SHOWN else ""
+        raise ValueError(f"{len(twice)} class names of {origin} stand there more than once ({', '.join(twice[:NAMES_SHOWN])}"
+                         f"{more}), so no text can tell their classes apart; rename them ('crane, bird'), or merge the "
+                         "classes: one name, and its number as the label of all their pictures")
+
+
+def _concept(raw: RawSample, *, numbers: Mapping[str, int], others_pass: bool = False) -> Target | None:
+    concept = _fields(raw).get("concept")
+    if not isinstance(concept, str) or concept not in numbers:
+        if others_pass:
+            return None
+        raise SampleError("unknown class", f"concept {concept!r} is no class of the task")
+    return Target(numbers[concept], (numbers[concept],))
+
+
+def _captions(raw: RawSample) -> Target:
+    """The json's `captions` (a list), else the .txt as it stands."""
+    listed = _fields(raw).get("captions")
+    try:
+        given = listed if isinstance(listed, list) else [raw.text.decode()] if raw.text is not None else []
+    except UnicodeDecodeError as error:
+        raise SampleError("corrupt json or text", str(error)) from error
+    captions = tuple(str(caption).strip() for caption in given if str(caption).strip())
+    if not captions:
+        raise SampleError("no caption", "neither captions in the json nor a .txt")
+    return Target(captions=captions)
+
+
+def _fields(raw: RawSample) -> dict[str, Any]:
     try:
         fields = json.loads(raw.json) if raw.json else {}
-        if task.kind == CLASSIFICATION:
-            label = class_numbers[fields["concept"]]
-        else:
-            captions = _captions(fields, raw.text)
-        image = Image.fromarray(decode_image(raw.image, max_pixels=MAX_PIXELS))
-    except DecodeError as error:
-        return BadSample(error.cause, raw.url, raw.key, error.detail)
-    except KeyError as error:
-        return BadSample("unknown class", raw.url, raw.key, f"{error} is no class of {task.name}")
-    except ValueError as error:
-        return BadSample("corrupt json or text", raw.url, raw.key, str(error))
-    if task.kind == RETRIEVAL and not captions:
-        return BadSample("no caption", raw.url, raw.key, "neither captions in the json nor a .txt")
-    return TaskSample(position, image, label, captions)
-
-
-def _captions(fields: dict[str, object], text: bytes | None) -> tuple[str, ...]:
-    """The json's `captions` (a list), else the .txt."""
-    listed = fields.get("captions")
-    given = listed if isinstance(listed, list) else [text.decode()] if text is not None else []
-    return tuple(str(caption).strip() for caption in given if str(caption).strip())
+    except (ValueError, RecursionError) as error:
+        raise SampleError("corrupt json or text", str(error)) from error
+    if not isinstance(fields, dict):
+        raise SampleError("corrupt json or text", f"the json is a {type(fields).__name__}, not an object")
+    return fields

@@ -1,25 +1,43 @@
-"""Measure a model on tasks by text alone: zero-shot classification, and retrieval both ways."""
+"""Measure a model on a task: what is asked follows from the task's kind, or is a probe on its labelled train split."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from clipkit.evaluation.classification import accuracies, classification_numbers, prediction_columns, score_classes
 from clipkit.evaluation.classifier import class_weights
-from clipkit.evaluation.encode import EncodedTask, encode_task, encode_texts
+from clipkit.evaluation.encode import EncodedTask, encode_task
+from clipkit.evaluation.feature_rows import Progress
+from clipkit.evaluation.probes import PROBES
 from clipkit.evaluation.results import Result
-from clipkit.evaluation.retrieval import best_ranks, recall_at
-from clipkit.evaluation.statistics import clustered_interval, wilson_interval
-from clipkit.evaluation.tasks import CLASSIFICATION, Task, load_task
+from clipkit.evaluation.retrieval import rank_targets, recall_at
+from clipkit.evaluation.statistics import clustered_interval, median_interval
+from clipkit.evaluation.store import EmbeddingStore
+from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, Task, load_task
+from clipkit.evaluation.text_features import encode_texts
 from clipkit.model.image_text import ImageTextModel
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 RECALL_AT = (1, 5, 10)
-ACCURACY_AT = (1, 5)
+KINDS = (CLASSIFICATION, RETRIEVAL, MULTI_LABEL, *PROBES)
+
+
+class Outcome(NamedTuple):
+    """What was measured on one task in one way."""
+
+    results: list[Result]
+    predictions: "DataFrame | None"  # one row a question: task, kind, prompts, direction, key, ..., rank; None = not kept
 
 
 def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: int = 256,
              cache_dir: str | Path | None = None) -> list[Result]:
-    """Measure a model.
+    """Measure a model in training: the main numbers only, nothing kept.
 
     Images and texts are spread over the processes of torch.distributed, if there are several: all of them must call
     this, and all get the same results.
@@ -37,48 +55,139 @@ def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: 
       FileNotFoundError: a task does not exist.
       ValueError: a task has no image that can be used, or features are not finite.
     """
-    results = []
-    for name in tasks:
-        task = load_task(name, cache_dir=cache_dir) if isinstance(name, str) else name
-        encoded = encode_task(model, task, batch_size=batch_size, spread=True)
-        measure = _classification if task.kind == CLASSIFICATION else _retrieval
-        results += measure(model, task, encoded, batch_size)
-    return results
+    loaded = [load_task(task, cache_dir=cache_dir) if isinstance(task, str) else task for task in tasks]
+    return [result for task in loaded for result in measure(model, task, batch_size=batch_size, thorough=False).results]
 
 
-def _classification(model: ImageTextModel, task: Task, encoded: EncodedTask, batch_size: int) -> list[Result]:
-    results = []
-    n, num_classes = len(encoded.labels), len(task.classes)
+def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch_size: int = 256, thorough: bool = True,
+            store: EmbeddingStore | None = None, workers: int = 0, progress: Progress | None = None,
+            probe: dict[str, Any] | None = None) -> Outcome:
+    """Measure a model on one task.
+
+    Args:
+      model, batch_size: as in `evaluate`.
+      task: a loaded task.
+      kind: one of KINDS; None = the task's own.
+      thorough: all numbers and the answer to every question, rather than the main numbers.
+      store: where embeddings are kept.
+      workers: processes that read pictures.
+      progress: called after each batch of pictures.
+      probe: settings of linear_probe and few_shot (see probes.py).
+
+    Raises:
+      ValueError: the kind does not fit the task, it has no image that can be used, or features are not finite.
+    """
+    kind = kind or task.kind
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; choose one of {list(KINDS)}")
+    if kind in PROBES:
+        return Outcome(*PROBES[kind](model, task, batch_size=batch_size, store=store, workers=workers, **(probe or {})))
+    if kind != task.kind:
+        raise ValueError(f"kind is {kind!r}, but task {task.name} is made for {task.kind}; leave kind out, or choose one of "
+                         f"{[task.kind, *PROBES]}")
+    encoded = encode_task(model, task, batch_size=batch_size, spread=True, store=store, workers=workers,
+                          progress=progress)
+    embed = partial(encode_texts, model, batch_size=batch_size, spread=True, store=store)
+    if kind == RETRIEVAL:
+        return _retrieval(task, encoded, embed, thorough)
+    ask = _classification if kind == CLASSIFICATION else _multi_label
+    logit_scale = model.towers.logit_scale.detach().float().exp().item()
+    outcomes = []
     for rule, prompts in task.prompts.items():
-        weight = class_weights(model, prompts, batch_size=batch_size, spread=True)  # (C, D)
-        class_numbers = torch.arange(num_classes, device=weight.device)  # (C,)
-        ranks = best_ranks(encoded.image_features, weight, encoded.labels, class_numbers)  # (N,)
-        for k in ACCURACY_AT:
-            if k < num_classes:
-                accuracy = recall_at(ranks, k)
-                low, high = wilson_interval(accuracy, n)
-                results.append(Result(task=task.name, split=task.split, kind=task.kind, metric=f"acc{k}",
-                                      value=accuracy, n=n, ci_low=low, ci_high=high, num_classes=num_classes,
-                                      prompts=rule, n_bad=encoded.num_bad.total()))
-    return results
+        weight = class_weights(model, prompts, batch_size=batch_size, spread=True, store=store)  # (C, D)
+        outcomes.append(ask(task, encoded, rule, weight, logit_scale, thorough))
+    return join(outcomes)
 
 
-def _retrieval(model: ImageTextModel, task: Task, encoded: EncodedTask, batch_size: int) -> list[Result]:
+def join(outcomes: Sequence[Outcome]) -> Outcome:
+    """Put outcomes one after the other."""
+    from pandas import concat
+
+    kept = [outcome.predictions for outcome in outcomes if outcome.predictions is not None]
+    return Outcome([result for outcome in outcomes for result in outcome.results],
+                   concat(kept, ignore_index=True) if kept else None)
+
+
+def _classification(task: Task, encoded: EncodedTask, rule: str, weight: Tensor, logit_scale: float,
+                    thorough: bool) -> Outcome:
+    result = _result_of(task, encoded, rule)
+    if not thorough:
+        return Outcome([result(*number) for number in accuracies(encoded.image_features, weight, encoded.labels)], None)
+    scores = score_classes(encoded.image_features, weight, encoded.labels, logit_scale=logit_scale)
+    predictions = prediction_columns(scores, encoded.labels, task.classes)
+    numbers = classification_numbers(scores, encoded.labels, len(task.classes))
+    return Outcome([result(*number) for number in numbers], _about(predictions, task, rule, "", encoded.keys))
+
+
+def _multi_label(task: Task, encoded: EncodedTask, rule: str, weight: Tensor, logit_scale: float, thorough: bool) -> Outcome:
+    """Rank images for each class. The softmax is at scale 100, as in the paper's figures."""
+    import numpy as np
+
+    from clipkit.evaluation.multi_label import multi_label_scores
+
+    targets = np.zeros((len(encoded.keys), len(task.classes)), dtype=bool)  # (N, C)
+    for row, labels in enumerate(encoded.label_sets):
+        targets[row, list(labels)] = True
+    similarity = (encoded.image_features @ weight.T).numpy(force=True)  # (N, C)
+    scores = multi_label_scores(similarity, targets)
+    result = _result_of(task, encoded, rule)
+    numbers = [result("mean_average_precision", scores.mean_average_precision, scores.ci_low, scores.ci_high)]
+    if thorough:
+        voc = multi_label_scores(similarity, targets, points="11")
+        numbers.append(result("mean_average_precision_11_points", voc.mean_average_precision, voc.ci_low, voc.ci_high))
+        numbers += [result(name, value, None, None) for name, value in
+                    (("macro_auroc", scores.macro_auroc), ("micro_auroc", scores.micro_auroc))]
+    return Outcome(numbers, None)
+
+
+def _retrieval(task: Task, encoded: EncodedTask, embed: Any, thorough: bool) -> Outcome:
     captions = [caption for of_image in encoded.captions for caption in of_image]
-    text_features = encode_texts(model, captions, batch_size=batch_size, spread=True)  # (N captions, D)
+    text_features = embed(captions)  # (captions, D)
     counts = torch.tensor([len(of_image) for of_image in encoded.captions], device=text_features.device)  # (N,)
     images = encoded.labels  # (N,) the number of each image
-    image_of_caption = images.repeat_interleave(counts)  # (N captions,)
-    directions = {
-        "image_retrieval": best_ranks(text_features, encoded.image_features, image_of_caption, images),  # (N captions,)
-        "text_retrieval": best_ranks(encoded.image_features, text_features, images, image_of_caption),  # (N,)
+    image_of_caption = images.repeat_interleave(counts)  # (captions,)
+    keys = [encoded.keys[image] for image in image_of_caption.tolist()]
+    asked = {  # direction: queries, targets, the image that each belongs to, and their names
+        "image_retrieval": (text_features, encoded.image_features, image_of_caption, images, keys, captions, encoded.keys),
+        "text_retrieval": (encoded.image_features, text_features, images, image_of_caption, encoded.keys, encoded.keys,
+                           captions),
     }
-    results = []
-    for direction, ranks in directions.items():
-        clusters = image_of_caption if direction == "image_retrieval" else images  # captions of one image hang together
-        for k in RECALL_AT:
-            low, high = clustered_interval(ranks < k, clusters)
-            results.append(Result(task=task.name, split=task.split, kind=task.kind, metric=f"{direction}_recall@{k}",
-                                  value=recall_at(ranks, k), n=len(ranks), ci_low=low, ci_high=high, num_classes=None,
-                                  prompts="captions", n_bad=encoded.num_bad.total()))
-    return results
+    outcomes = []
+    for direction, (queries, targets, query_images, target_images, query_keys, names, target_names) in asked.items():
+        ranking = rank_targets(queries, targets, query_images, target_images)
+        result = _result_of(task, encoded, "captions", n=len(ranking.rank), num_classes=None)
+        # The captions of one image hang together.
+        numbers = [result(f"{direction}_recall@{k}", recall_at(ranking.rank, k),
+                          *clustered_interval(ranking.rank < k, query_images)) for k in RECALL_AT]
+        predictions = None
+        if thorough:
+            places = (ranking.rank + 1).double()  # the first place is 1
+            numbers.append(result(f"{direction}_median_rank", places.quantile(0.5).item(),
+                                  *median_interval(places, query_images)))
+            predictions = _about(_retrieval_columns(ranking, names, target_names), task, "captions", direction, query_keys)
+        outcomes.append(Outcome(numbers, predictions))
+    return join(outcomes)
+
+
+def _retrieval_columns(ranking: Any, names: Sequence[str], target_names: Sequence[str]) -> "DataFrame":
+    from pandas import DataFrame
+
+    guesses = ranking.guess.tolist()
+    return DataFrame({"label": -1, "label_name": list(names), "guess": guesses,
+                      "guess_name": [target_names[guess] for guess in guesses], "rank": ranking.rank.numpy(force=True),
+                      "tied": ranking.tied.numpy(force=True)})
+
+
+def _about(predictions: "DataFrame", task: Task, rule: str, direction: str, keys: Sequence[str]) -> "DataFrame":
+    """Say in the first columns which questions these are."""
+    for place, (name, value) in enumerate({"task": task.name, "kind": task.kind, "prompts": rule, "direction": direction,
+                                           "key": list(keys)}.items()):
+        predictions.insert(place, name, value)
+    return predictions
+
+
+def _result_of(task: Task, encoded: EncodedTask, rule: str, **changes: Any) -> Any:
+    """Results of one task and prompt rule, made of (metric, value, ci_low, ci_high)."""
+    about = {"task": task.name, "split": task.split, "kind": task.kind, "n": len(encoded.keys),
+             "num_classes": len(task.classes), "prompts": rule, "n_bad": encoded.num_bad.total(), **changes}
+    return lambda metric, value, ci_low, ci_high: Result(metric=metric, value=value, ci_low=ci_low, ci_high=ci_high, **about)
