@@ -1,11 +1,14 @@
 """Ranking in chunks against the full sorted score matrix."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipkit.evaluation.retrieval import best_ranks, recall_at
+from clipkit.evaluation.retrieval import best_ranks, rank_targets, recall_at
 
 
 def ranks_by_sorting(queries: Tensor, targets: Tensor, query_groups: Tensor, target_groups: Tensor) -> Tensor:
@@ -39,6 +42,17 @@ def test_ranks_equal_those_of_the_full_sort_both_ways_ties_included(tied: bool, 
     assert torch.equal(to_image, ranks_by_sorting(texts, images, text_images, image_ids))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_target_and_its_ties_are_those_of_the_full_sort(tied: bool) -> None:
+    images, texts, image_ids, text_images = several_captions_an_image(torch.Generator().manual_seed(2), tied=tied)
+    ranking = rank_targets(texts, images, text_images, image_ids, chunk_size=7)
+    scores = texts @ images.T
+    assert torch.equal(ranking.guess, scores.argsort(dim=1, descending=True, stable=True)[:, 0])
+    top_two = scores.topk(2, dim=1).values
+    assert torch.equal(ranking.tied, top_two[:, 0] == top_two[:, 1])
+    assert ranking.tied.any() == tied
+
+
 def test_equal_scores_go_to_the_lower_index() -> None:
     constant = torch.ones(4, 3)
     ids = torch.arange(4)
@@ -68,3 +82,17 @@ def test_features_that_are_not_finite_are_refused(broken: float) -> None:
 def test_a_query_without_a_target_is_refused() -> None:
     with pytest.raises(ValueError, match="a query has no target"):
         best_ranks(torch.ones(2, 2), torch.ones(1, 2), torch.arange(2), torch.arange(1))
+
+
+@pytest.mark.slow
+def test_twenty_five_thousand_captions_of_five_thousand_images_are_ranked_within_a_gigabyte() -> None:
+    code = ("import resource, torch; torch.set_num_threads(1)\n"
+            "from clipkit.evaluation.retrieval import rank_targets\n"
+            "images, texts = torch.randn(5000, 512), torch.randn(25000, 512)\n"
+            "ids = torch.arange(5000)\n"
+            "rank_targets(texts, images, ids.repeat_interleave(5), ids)\n"
+            "rank_targets(images, texts, ids, ids.repeat_interleave(5))\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kilobytes = int(done.stdout) / (1024 if sys.platform == "darwin" else 1)
+    assert kilobytes < 1e6  # torch alone is 0.5 GB of it

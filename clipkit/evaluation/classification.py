@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clipkit.evaluation.calibration import PAPER_SCALE, calibration_error_interval, expected_calibration_error
-from clipkit.evaluation.retrieval import best_ranks, recall_at
+from clipkit.evaluation.retrieval import best_ranks, rank_targets, recall_at
 from clipkit.evaluation.statistics import (
     mean_interval,
     mean_per_class_recall,
@@ -66,16 +66,13 @@ def score_classes(image_features: Tensor, weight: Tensor, labels: Tensor, *, log
     class_numbers = torch.arange(len(weight), device=weight.device)  # (C,)
     parts = []
     for features, right in zip(image_features.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True):
-        rank = best_ranks(features, weight, right, class_numbers)  # (rows,)
+        ranking = rank_targets(features, weight, right, class_numbers)
         similarity = features.float() @ weight.float().T  # (rows, C)
-        top = similarity.amax(dim=1, keepdim=True)  # (rows, 1)
-        guess = torch.where(similarity == top, class_numbers, len(weight)).amin(dim=1)  # (rows,) the first of equals
-        tied = (similarity == top).sum(dim=1) > 1
         columns = []
         for scale in (logit_scale, PAPER_SCALE):
             logs = (scale * similarity).log_softmax(dim=1)  # (rows, C)
-            columns += [logs.gather(1, guess[:, None])[:, 0].exp(), -logs.gather(1, right[:, None])[:, 0]]
-        parts.append(ClassScores(rank, guess, tied, columns[0], columns[2], columns[1], columns[3]))
+            columns += [logs.gather(1, ranking.guess[:, None])[:, 0].exp(), -logs.gather(1, right[:, None])[:, 0]]
+        parts.append(ClassScores(*ranking, columns[0], columns[2], columns[1], columns[3]))
     return ClassScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
