@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     launch("zero-shot", ZeroShotConfig, zero_shot, arguments)
 
 
-class Session(NamedTuple):
+class Shared(NamedTuple):
     """What all models and tasks share."""
 
     config: ZeroShotConfig
@@ -45,15 +45,15 @@ def zero_shot(config: ZeroShotConfig) -> None:
     process = start_process(config.device, TIMEOUT_SECONDS)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(stop_process)
-        session = Session(config, process, EmbeddingStore(config.cache_dir) if config.store else None)
+        shared = Shared(config, process, EmbeddingStore(config.cache_dir) if config.store else None)
         if config.images is not None:
-            look_at_pictures(session)
+            look_at_pictures(shared)
             return
         names = model_names(config.model)
         folders = [output_folder(config, source, name) for source, name in zip(config.model, names, strict=True)]
         tasks = load_tasks(config)
         for source, name, folder in zip(config.model, names, folders, strict=True):
-            measure_model(session, source, name, tasks, folder)
+            measure_model(shared, source, name, tasks, folder)
         if process.is_main and len(config.model) > 1:
             print_comparisons(names, folders)
 
@@ -66,7 +66,7 @@ def load_tasks(config: ZeroShotConfig) -> "list[Task]":
             for name in config.task or EMOJI_SPLITS]
 
 
-def measure_model(session: Session, source: str, name: str, tasks: "Sequence[Task]", folder: Path) -> None:
+def measure_model(shared: Shared, source: str, name: str, tasks: "Sequence[Task]", folder: Path) -> None:
     """Measure one model on all tasks, and write results, predictions and the report."""
     from clipkit import __version__
     from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
@@ -74,12 +74,12 @@ def measure_model(session: Session, source: str, name: str, tasks: "Sequence[Tas
     from clipkit.evaluation.zero_shot import join
     from clipkit.model.folder import load_model
 
-    config, process = session.config, session.process
+    config, process = shared.config, shared.process
     pretrained = None if Path(source).expanduser().is_dir() else config.pretrained
     model = load_model(source, pretrained=pretrained, device=process.device)
     say = print if process.is_main else _say_nothing
     say(f"model     {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.image_size} px")
-    outcomes = [measure_task(session, model, task, say) for task in tasks]
+    outcomes = [measure_task(shared, model, task, say) for task in tasks]
     if not process.is_main:
         return
     results, predictions = join(outcomes)
@@ -96,17 +96,17 @@ def measure_model(session: Session, source: str, name: str, tasks: "Sequence[Tas
     say(f"written   {', '.join(str(path) for path in written)}")
 
 
-def measure_task(session: Session, model: Any, task: "Task", say: Any) -> "Outcome":
+def measure_task(shared: Shared, model: Any, task: "Task", say: Any) -> "Outcome":
     """Measure a model on one task in each of the ways asked for, with a line before and one after."""
     import time
 
     from clipkit.evaluation.tasks import empty_classes
     from clipkit.evaluation.zero_shot import join, measure
 
-    config, started, outcomes = session.config, time.monotonic(), []
-    line = ProgressLine(f"task      {task.name}: ", session.process.is_main)
+    config, started, outcomes = shared.config, time.monotonic(), []
+    line = ProgressLine(f"task      {task.name}: ", shared.process.is_main)
     for kind in config.kind or (task.kind,):
-        outcomes.append(measure(model, task, kind=kind, batch_size=config.batch_size, store=session.store,
+        outcomes.append(measure(model, task, kind=kind, batch_size=config.batch_size, store=shared.store,
                                 workers=config.workers, progress=line.progress,
                                 probe={"features": config.features, "shots": config.shots, "num_seeds": config.seeds}))
     line.close()
@@ -127,41 +127,41 @@ def measure_task(session: Session, model: Any, task: "Task", say: Any) -> "Outco
     return outcome
 
 
-def look_at_pictures(session: Session) -> None:
+def look_at_pictures(shared: Shared) -> None:
     """Name one's own pictures by classes=[..], or find those nearest to query=..; no labels needed."""
     from clipkit.evaluation.encode import encode_task
     from clipkit.evaluation.tasks import RETRIEVAL, Task, pictures_in
     from clipkit.model.folder import load_model
 
-    config, process = session.config, session.process
+    config, process = shared.config, shared.process
     assert config.images is not None
     images = pictures_in(Path(config.images).expanduser())
     model = load_model(config.model[0], pretrained=config.pretrained, device=process.device)
     task = Task(name=config.images, split="all", kind=RETRIEVAL, images=images)
-    encoded = encode_task(model, task, batch_size=config.batch_size, spread=True, store=session.store, workers=config.workers)
+    encoded = encode_task(model, task, batch_size=config.batch_size, spread=True, store=shared.store, workers=config.workers)
     folder = Path(config.out).expanduser() if config.out else Path("zero_shot") / Path(config.images).resolve().name
     look = name_pictures if config.classes else find_pictures
-    table, written = look(session, model, task, encoded, folder)
+    table, written = look(shared, model, task, encoded, folder)
     if process.is_main:
         bad = f"\nleft out as bad: {dict(encoded.num_bad)}" if encoded.num_bad else ""
         print(f"{table}{bad}\nwritten   {', '.join(str(path) for path in written)}")
 
 
-def name_pictures(session: Session, model: Any, task: "Task", encoded: Any, folder: Path) -> tuple[str, list[Path]]:
+def name_pictures(shared: Shared, model: Any, task: "Task", encoded: Any, folder: Path) -> tuple[str, list[Path]]:
     """Write the classes that each picture is nearest to; return a table and the files."""
     from clipkit.evaluation.classifier import class_weights
     from clipkit.evaluation.contact_sheet import draw_contact_sheet
     from clipkit.evaluation.matches import classify_pictures, named_sheet, predictions_table, write_predictions
     from clipkit.evaluation.prompt_rules import prompt_rules
 
-    config = session.config
+    config = shared.config
     assert config.classes is not None
     prompts = next(iter(prompt_rules(config.classes, config.templates).values()))  # the first rule
-    weight = class_weights(model, prompts, batch_size=config.batch_size, spread=True, store=session.store)  # (C, D)
+    weight = class_weights(model, prompts, batch_size=config.batch_size, spread=True, store=shared.store)  # (C, D)
     named = classify_pictures(encoded.keys, encoded.image_features, weight, classes=config.classes,
                               logit_scale=model.towers.logit_scale.exp().item(), num_guesses=config.top)
     written = [folder / "predictions.csv", folder / "predictions.png"]
-    if session.process.is_main:
+    if shared.process.is_main:
         write_predictions(written[0], named)
         shown = named[:SHEET_PICTURES]
         pictures = pictures_of(task, [picture.file for picture in shown])
@@ -170,19 +170,19 @@ def name_pictures(session: Session, model: Any, task: "Task", encoded: Any, fold
     return predictions_table(named), written
 
 
-def find_pictures(session: Session, model: Any, task: "Task", encoded: Any, folder: Path) -> tuple[str, list[Path]]:
+def find_pictures(shared: Shared, model: Any, task: "Task", encoded: Any, folder: Path) -> tuple[str, list[Path]]:
     """Write the pictures nearest to the query; return a table and the files."""
     from clipkit.evaluation.contact_sheet import draw_contact_sheet
     from clipkit.evaluation.encode import encode_texts
     from clipkit.evaluation.matches import Match, matches_sheet, matches_table, top_matches, write_matches
 
-    config = session.config
+    config = shared.config
     assert config.query is not None
-    feature = encode_texts(model, [config.query], batch_size=1, spread=True, store=session.store)[0]  # (D,)
+    feature = encode_texts(model, [config.query], batch_size=1, spread=True, store=shared.store)[0]  # (D,)
     places, scores = top_matches(encoded.image_features, feature, config.top)
     found = [Match(encoded.keys[place], score) for place, score in zip(places.tolist(), scores.tolist(), strict=True)]
     written = [folder / "matches.csv", folder / "matches.png"]
-    if session.process.is_main:
+    if shared.process.is_main:
         write_matches(written[0], config.query, found)
         pictures = pictures_of(task, [match.file for match in found])
         draw_contact_sheet(matches_sheet([pictures[match.file] for match in found], found), written[1],
