@@ -252,6 +252,6 @@ def test_several_processes_find_what_one_finds(caption_shards: Path, tmp_path: P
     import torch.multiprocessing as mp
 
     evaluate_on_a_rank(0, 1, free_port, str(caption_shards), str(tmp_path))
-    mp.spawn(evaluate_on_a_rank, (2, free_port, str(caption_shards), str(tmp_path)), nprocs=2)  # type: ignore
+    mp.spawn(evaluate_on_a_rank, (2, free_port, str(caption_shards), str(tmp_path)), nprocs=2)
     alone = (tmp_path / "1-0.txt").read_text()
     assert [(tmp_path / f"2-{rank}.txt").read_text() for rank in range(2)] == [alone] * 2

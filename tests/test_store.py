@@ -347,7 +347,7 @@ def test_two_processes_get_the_rows_of_one_and_the_first_keeps_them(tmp_path: Pa
     import torch.multiprocessing as mp
 
     encode_on_a_rank(0, 1, free_port, str(tmp_path / "alone"), str(tmp_path))
-    mp.spawn(encode_on_a_rank, (2, free_port, str(tmp_path / "cache"), str(tmp_path)), nprocs=2)  # type: ignore
+    mp.spawn(encode_on_a_rank, (2, free_port, str(tmp_path / "cache"), str(tmp_path)), nprocs=2)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["first"]
     for rank in range(2):
         for turn in range(2):

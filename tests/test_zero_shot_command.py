@@ -121,6 +121,19 @@ def test_probes_learn_from_the_train_split(model_folder: Path, labelled: Path, c
     assert (predictions["rank"] == 0).mean() == value["lp_acc1"]
 
 
+def test_classes_without_a_picture_and_with_too_few_are_told(model_folder: Path, labelled: Path, cache: str, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(labelled, tmp_path / "set")
+    (tmp_path / "set" / "test" / "pink").mkdir()
+    common = (f"model={model_folder}", f"task={tmp_path / 'set'}", "templates=plain", f"out={tmp_path / 'out'}", "report=false")
+    run(*common, cache)
+    assert "1 of 7 classes" in capsys.readouterr().out
+    for number in (0, 1, 2):
+        (tmp_path / "set" / "train" / "red" / f"{number}.png").unlink()
+    run(*common, cache, "kind=few_shot", "shots=[4]", "seeds=2")
+    assert "2 of 7 classes of" in capsys.readouterr().out
+
+
 def test_one_s_own_pictures_get_names_or_are_found(model_folder: Path, labelled: Path, cache: str, tmp_path: Path) -> None:
     common = (f"model={model_folder}", f"images={labelled / 'test'}", cache)
     run(*common, "classes=[red,blue]", "templates=plain", f"out={tmp_path / 'named'}")

@@ -38,9 +38,10 @@ def embed(config: EmbedConfig) -> None:
         cleanup.callback(stop_process)
         try:
             task = load_task(config.data, cache_dir=config.cache_dir)
-        except ValueError:
+        except ValueError as error:
             if not Path(config.data).expanduser().is_dir():
                 raise
+            print(f"note      pictures alone, without captions or labels: {error}", flush=True)
             task = Task(name=config.data, split="all", kind=RETRIEVAL, images=pictures_in(config.data))
         model = load_model(config.model, pretrained=config.pretrained, device=process.device)
         encoded = encode_task(model, task, batch_size=config.batch_size, spread=True, workers=config.workers)

@@ -12,8 +12,8 @@ from clipkit.config.zero_shot import ZeroShotConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from clipkit.evaluation.outcome import Outcome
     from clipkit.evaluation.tasks import Task
-    from clipkit.evaluation.zero_shot import Outcome
 
 TIMEOUT_SECONDS = 3600  # that a process waits for the others: one may have far more, or far larger, pictures
 SHEET_PICTURES = 40  # of one's own pictures, on predictions.png
@@ -70,8 +70,8 @@ def measure_model(shared: Shared, source: str, name: str, tasks: "Sequence[Task]
     """Measure one model on all tasks, and write results, predictions and the report."""
     from clipkit import __version__
     from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
+    from clipkit.evaluation.outcome import join
     from clipkit.evaluation.results import Provenance, results_table, write_results
-    from clipkit.evaluation.zero_shot import join
     from clipkit.model.folder import load_model
 
     config, process = shared.config, shared.process
@@ -82,7 +82,7 @@ def measure_model(shared: Shared, source: str, name: str, tasks: "Sequence[Task]
     outcomes = [measure_task(shared, model, task, say) for task in tasks]
     if not process.is_main:
         return
-    results, predictions = join(outcomes)
+    results, predictions, _ = join(outcomes)
     results = results + emoji_pixel_baselines([task.name for task in tasks])
     provenance = Provenance(name, pretrained, "fp32", model.source_sha256, run_step(Path(source)), __version__)
     write_results(folder, results, provenance)
@@ -100,29 +100,28 @@ def measure_task(shared: Shared, model: Any, task: "Task", say: Any) -> "Outcome
     """Measure a model on one task in each of the ways asked for, with a line before and one after."""
     import time
 
-    from clipkit.evaluation.tasks import empty_classes
-    from clipkit.evaluation.zero_shot import join, measure
+    from clipkit.evaluation.outcome import join
+    from clipkit.evaluation.probes import ProbeSettings
+    from clipkit.evaluation.zero_shot import measure
 
     config, started, outcomes = shared.config, time.monotonic(), []
     line = ProgressLine(f"task      {task.name}: ", shared.process.is_main)
     for kind in config.kind or (task.kind,):
         outcomes.append(measure(model, task, kind=kind, batch_size=config.batch_size, store=shared.store,
                                 workers=config.workers, progress=line.progress,
-                                probe={"features": config.features, "shots": config.shots, "num_seeds": config.seeds}))
+                                probe=ProbeSettings(config.features, config.shots, config.seeds)))
     line.close()
     outcome = join(outcomes)
     result = outcome.results[0]
     bad = f", {result.n_bad:,} bad samples left out" if result.n_bad else ""
     say(f"task      {task.name}: {result.n:,} images{bad}, {time.monotonic() - started:.1f} s")
-    notes = []
-    if task.classes and outcome.predictions is not None:
-        notes.append(empty_classes(task, [(label,) for label in outcome.predictions["label"]]))
+    notes = list(outcome.notes)
     texts = list(dict.fromkeys(text for rule in task.prompts.values() for of_class in rule for text in of_class))
     num_cut = model.tokenize.count_cut(texts)
     if num_cut:
         notes.append(f"{num_cut:,} of {len(texts):,} prompts are longer than the {model.tokenize.context_length} tokens that "
                      "the text encoder takes; the rest of each is cut off")
-    for note in filter(None, notes):
+    for note in notes:
         say(f"note      {note}")
     return outcome
 

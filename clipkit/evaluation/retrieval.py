@@ -36,7 +36,6 @@ def rank_targets(queries: Tensor, targets: Tensor, query_groups: Tensor, target_
     if not (queries.isfinite().all() and targets.isfinite().all()):
         raise ValueError("features hold NaN or infinity; the model cannot be measured: look at its weights and inputs")
     chunk_size = chunk_size or max(1, SCORES_AT_ONCE // max(1, len(targets)))
-    index = torch.arange(len(targets), device=targets.device)  # (N,)
     # Filled in place: small results between the large freed parts would leave holes, and the heap would grow with each.
     numbers = torch.empty(2, len(queries), dtype=torch.int64, device=queries.device)
     ranking = Ranking(numbers[0], numbers[1], torch.empty(len(queries), dtype=torch.bool, device=queries.device))
@@ -47,15 +46,20 @@ def rank_targets(queries: Tensor, targets: Tensor, query_groups: Tensor, target_
         belongs = groups[:, None] == target_groups[None, :]  # (chunk, N)
         if not belongs.any(dim=1).all():
             raise ValueError("a query has no target that belongs to it; each needs at least one")
-        at_top = scores == scores.amax(dim=1, keepdim=True)  # (chunk, N)
-        best_score = scores.masked_fill(~belongs, -torch.inf).amax(dim=1, keepdim=True)  # (chunk, 1)
-        as_good = scores == best_score  # (chunk, N)
-        best_index = (belongs & as_good).to(torch.uint8).argmax(dim=1, keepdim=True)  # (chunk, 1) the first of equals
-        ahead = (scores > best_score) | (as_good & (index < best_index))  # (chunk, N)
-        ranking.rank[rows] = ahead.sum(dim=1)
-        ranking.guess[rows] = at_top.to(torch.uint8).argmax(dim=1)
-        ranking.tied[rows] = at_top.sum(dim=1) > 1
+        found = rank_scores(scores, belongs)
+        ranking.rank[rows], ranking.guess[rows], ranking.tied[rows] = found
     return ranking
+
+
+def rank_scores(scores: Tensor, belongs: Tensor) -> Ranking:
+    """Rank targets by given scores (Q, N); belongs (Q, N) bool: which are right, at least one in a row."""
+    index = torch.arange(scores.shape[1], device=scores.device)  # (N,)
+    at_top = scores == scores.amax(dim=1, keepdim=True)  # (Q, N)
+    best_score = scores.masked_fill(~belongs, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
+    as_good = scores == best_score  # (Q, N)
+    best_index = (belongs & as_good).to(torch.uint8).argmax(dim=1, keepdim=True)  # (Q, 1) the first of equals
+    ahead = (scores > best_score) | (as_good & (index < best_index))  # (Q, N)
+    return Ranking(ahead.sum(dim=1), at_top.to(torch.uint8).argmax(dim=1), at_top.sum(dim=1) > 1)
 
 
 def best_ranks(queries: Tensor, targets: Tensor, query_groups: Tensor, target_groups: Tensor, *,

@@ -149,7 +149,8 @@ def mean_per_class_recall(labels: np.ndarray, guesses: np.ndarray) -> float:
       labels: (N,) int, right classes; a class without images has no part in the mean.
       guesses: (N,) int.
     """
-    return float(_mean_recall(_recall_cells(labels, guesses)[None])[0])
+    hits, weight = _weighted_hits(labels, guesses)
+    return float(hits.sum() / weight.sum())
 
 
 def mean_per_class_recall_interval(labels: np.ndarray, guesses: np.ndarray, *, seed: int = 0,
@@ -169,27 +170,18 @@ def mean_per_class_recall_interval(labels: np.ndarray, guesses: np.ndarray, *, s
     Raises:
       ValueError: there are no labels, or not one guess for each.
     """
-    _recall_cells(labels, guesses)  # checks both
-    _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    weight = 1 / counts[number]  # (N,)
-    low, high = bca_interval_of_ratio(weight * (np.asarray(labels) == np.asarray(guesses)), weight, seed=seed,
-                                      num_resamples=num_resamples)
+    hits, weight = _weighted_hits(labels, guesses)
+    low, high = bca_interval_of_ratio(hits, weight, seed=seed, num_resamples=num_resamples)
     return (low, high) if low < high else wilson_interval(low, len(labels))
 
 
-def _recall_cells(labels: np.ndarray, guesses: np.ndarray) -> np.ndarray:
-    """The number of misses and of hits of each class that has images, (2 C,)."""
+def _weighted_hits(labels: np.ndarray, guesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each image's weight, 1 / (images of its class), if it is guessed right, else 0; and the weight. (N,) each."""
     if len(labels) == 0 or len(labels) != len(guesses):
         raise ValueError(f"there are {len(labels)} labels and {len(guesses)} guesses; give one guess for each label")
-    classes, number = np.unique(labels, return_inverse=True)  # number: (N,)
-    return np.bincount(2 * number + (np.asarray(labels) == np.asarray(guesses)), minlength=2 * len(classes))
-
-
-def _mean_recall(cells: np.ndarray) -> np.ndarray:
-    """(R, 2 C) to (R,)."""
-    misses, hits = cells[:, ::2], cells[:, 1::2]  # (R, C)
-    present = hits + misses > 0
-    return np.divide(hits, hits + misses, out=np.zeros(hits.shape), where=present).sum(axis=1) / present.sum(axis=1)
+    _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    weight = 1 / counts[number]  # (N,)
+    return weight * (np.asarray(labels) == np.asarray(guesses)), weight
 
 
 def bca_interval_of_ratio(sums: np.ndarray, sizes: np.ndarray, *, seed: int = 0,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from clipkit.evaluation.classification import accuracies, classification_numbers
 from clipkit.evaluation.classifier import class_weights
 from clipkit.evaluation.encode import EncodedTask, encode_task
 from clipkit.evaluation.feature_rows import Progress
-from clipkit.evaluation.probes import PROBES
+from clipkit.evaluation.outcome import Outcome, join
+from clipkit.evaluation.probes import PROBES, ProbeSettings
 from clipkit.evaluation.results import Result
 from clipkit.evaluation.retrieval import rank_targets, recall_at
 from clipkit.evaluation.statistics import clustered_interval, median_interval
 from clipkit.evaluation.store import EmbeddingStore
-from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, Task, load_task
+from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, Task, empty_classes, load_task
 from clipkit.evaluation.text_features import encode_texts
 from clipkit.model.image_text import ImageTextModel
 
@@ -26,13 +27,6 @@ if TYPE_CHECKING:
 
 RECALL_AT = (1, 5, 10)
 KINDS = (CLASSIFICATION, RETRIEVAL, MULTI_LABEL, *PROBES)
-
-
-class Outcome(NamedTuple):
-    """What was measured on one task in one way."""
-
-    results: list[Result]
-    predictions: "DataFrame | None"  # one row a question: task, kind, prompts, direction, key, ..., rank; None = not kept
 
 
 def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: int = 256,
@@ -61,7 +55,7 @@ def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: 
 
 def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch_size: int = 256, thorough: bool = True,
             store: EmbeddingStore | None = None, workers: int = 0, progress: Progress | None = None,
-            probe: dict[str, Any] | None = None) -> Outcome:
+            probe: ProbeSettings | None = None) -> Outcome:
     """Measure a model on one task.
 
     Args:
@@ -72,7 +66,7 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
       store: where embeddings are kept.
       workers: processes that read pictures.
       progress: called after each batch of pictures.
-      probe: settings of linear_probe and few_shot (see probes.py).
+      probe: of linear_probe and few_shot; None = the defaults.
 
     Raises:
       ValueError: the kind does not fit the task, it has no image that can be used, or features are not finite.
@@ -81,7 +75,7 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {list(KINDS)}")
     if kind in PROBES:
-        return Outcome(*PROBES[kind](model, task, batch_size=batch_size, store=store, workers=workers, **(probe or {})))
+        return PROBES[kind](model, task, probe or ProbeSettings(), batch_size=batch_size, store=store, workers=workers)
     if kind != task.kind:
         raise ValueError(f"kind is {kind!r}, but task {task.name} is made for {task.kind}; leave kind out, or choose one of "
                          f"{[task.kind, *PROBES]}")
@@ -96,16 +90,8 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
     for rule, prompts in task.prompts.items():
         weight = class_weights(model, prompts, batch_size=batch_size, spread=True, store=store)  # (C, D)
         outcomes.append(ask(task, encoded, rule, weight, logit_scale, thorough))
-    return join(outcomes)
-
-
-def join(outcomes: Sequence[Outcome]) -> Outcome:
-    """Put outcomes one after the other."""
-    from pandas import concat
-
-    kept = [outcome.predictions for outcome in outcomes if outcome.predictions is not None]
-    return Outcome([result for outcome in outcomes for result in outcome.results],
-                   concat(kept, ignore_index=True) if kept else None)
+    empty = empty_classes(task, encoded.label_sets)
+    return join([*outcomes, Outcome([], None, (empty,) if empty else ())])
 
 
 def _classification(task: Task, encoded: EncodedTask, rule: str, weight: Tensor, logit_scale: float,
