@@ -1,0 +1,1 @@
+"""Latent diffusion: noise levels, forward and reverse process, samplers, losses of the autoencoder, metrics of samples."""
