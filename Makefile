@@ -15,7 +15,7 @@ DEFAULT_DOWNLOAD = $(if $(filter Darwin,$(shell uname -s)),about 0.4 GB,about 3 
 DOWNLOAD = $(if $(TORCH)$(TORCH_INDEX)$(UV_TORCH_BACKEND),torch as chosen and what it needs,$(DEFAULT_DOWNLOAD))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain zero-shot test test-all lint wheel clean
+.PHONY: help install pretrain zero-shot export supervised test test-all lint wheel clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,12 @@ pretrain: $(INSTALLED) ## train a small CLIP on the embedded emoji set (about 1,
 
 zero-shot: $(INSTALLED) ## measure runs/emoji on its three tests, with intervals and a report
 	$(BIN)/clipkit zero-shot $(ARGS)
+
+export: $(INSTALLED) ## hand the text encoder of runs/emoji to transformers and diffusers (runs/emoji/export/)
+	$(BIN)/clipkit export overwrite=true $(ARGS)
+
+supervised: $(INSTALLED) ## the same image tower trained by softmax over fixed classes, beside runs/emoji (docs/clip.md)
+	$(BIN)/python -m scripts.supervised $(ARGS)
 
 test: $(INSTALLED) ## run the quick tests (CPU, offline)
 	$(BIN)/python -m pytest -m "not slow and not multiprocess" $(ARGS)

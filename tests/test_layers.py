@@ -12,10 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "clipkit"
 # A module imports from its own level and from lower ones; within a level without cycles. The longest prefix counts.
 LEVELS = {
-    "clipkit.config": 0, "clipkit.data.batch": 0, "clipkit.interop": 0,
+    "clipkit.config": 0, "clipkit.data.batch": 0,
+    # of interop the mappings: pure functions on names, configurations and state dicts
+    "clipkit.interop.clip_bpe": 0, "clipkit.interop.from_transformers": 0, "clipkit.interop.transformers_weights": 0,
+    "clipkit.interop.to_transformers_text": 0, "clipkit.interop.to_transformers_image": 0,
+    "clipkit.interop.onnx_file": 1, "clipkit.interop": 2,
     "clipkit.model": 1, "clipkit.losses": 1, "clipkit.data": 1, "clipkit.training": 1,
     "clipkit.evaluation": 2,
-    "clipkit.commands": 3,
+    "clipkit.diffusion": 3,
+    "clipkit.commands": 4,
 }
 ENTRY_POINTS = ("clipkit", "clipkit.__main__", "clipkit.config", "clipkit.commands")  # start within a second
 MAX_LINES = 330

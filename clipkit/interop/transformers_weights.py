@@ -1,4 +1,4 @@
-"""The tensors of a transformers CLIP or SigLIP under open_clip's names. Pure renaming, joining and transposing."""
+"""The tensors of a transformers CLIP or SigLIP under open_clip's names, and back. Pure renaming, joining and transposing."""
 
 import re
 from collections.abc import Mapping
@@ -99,6 +99,51 @@ def open_clip_weights(weights: Mapping[str, Tensor], model_type: str) -> dict[st
     return converted
 
 
+def transformers_weights(weights: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Rename the tensors of open_clip's state dict to a transformers CLIPModel's or SiglipModel's, in fp32.
+
+    Args:
+      weights: State dict of a CLIP or a CustomTextCLIP, or a part of it: one tower's tensors give that tower's. The prefix
+        "text." of CustomTextCLIP may be there or not.
+      model_type: "clip" or "siglip".
+
+    Returns:
+      What `open_clip_weights` turns into `weights`; no tensor shares memory with them.
+
+    Raises:
+      ValueError: a tensor has no place in that model.
+    """
+    modules = {new.removeprefix("text."): old for old, new in TENSORS[model_type].items()}
+    converted: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        name, tensor = name.removeprefix("text."), tensor.float()
+        layer = _layer_name(name, model_type)
+        kind = name.rpartition(".")[2]  # weight or bias
+        if name in modules:
+            converted[modules[name]] = _out_of_shape(modules[name], tensor, model_type)
+        elif layer and ".qkv." in layer:
+            parts = zip("qkv", tensor.chunk(3), strict=True)  # each (width, width) or (width)
+            converted |= {layer.replace(".qkv.", f".{part}_proj."): rows for part, rows in parts}
+        elif layer:
+            converted[layer] = tensor
+        elif name.startswith("visual.trunk.attn_pool.q.") and model_type == "siglip":
+            converted[POOL_IN_PROJ + kind] = torch.cat([tensor, weights[name.replace(".q.", ".kv.")].float()])
+        elif not (name.startswith("visual.trunk.attn_pool.kv.") and model_type == "siglip"):
+            raise ValueError(f"the model holds {name} {tuple(tensor.shape)}, which has no place in a transformers {model_type} "
+                             "model; use format=open_clip or format=onnx")
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in converted.items()}
+
+
+def _layer_name(name: str, model_type: str) -> str | None:
+    """The transformers name of a block's tensor, with `qkv` where transformers has three; None if it is no block's."""
+    for tower, (prefix, block) in BLOCKS[model_type].items():
+        inside = re.fullmatch(re.escape(prefix.removeprefix("text.")) + r"\.(\d+)\.(.+[._])(weight|bias)", name)
+        module = inside and next((old for old, new in block.items() if new == inside[2]), None)
+        if inside and module:
+            return f"{tower}.encoder.layers.{inside[1]}.{module}.{inside[3]}"
+    return None
+
+
 def _with_joined_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put q_proj, k_proj and v_proj of a layer, each (width, width) or (width), below each other as `qkv`."""
     joined = {}
@@ -119,3 +164,13 @@ def _in_shape(new_name: str, tensor: Tensor) -> Tensor:
     if new_name == "visual.trunk.pos_embed":
         return tensor[None]  # (1, h * w, width)
     return tensor.reshape(()) if new_name in ("logit_scale", "logit_bias") else tensor
+
+
+def _out_of_shape(new_name: str, tensor: Tensor, model_type: str) -> Tensor:
+    if new_name in ("visual_projection.weight", "text_projection.weight"):
+        return tensor.T  # (D, width)
+    if new_name == "vision_model.embeddings.position_embedding.weight":
+        return tensor.reshape(-1, tensor.shape[-1])  # (h * w, width)
+    if new_name in ("logit_scale", "logit_bias"):
+        return tensor.reshape(() if model_type == "clip" else (1,))
+    return tensor

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit.data.hub import MODEL_PREFIX, fetch_model
 from clipkit.data.tokenize import Tokenizer, make_tokenizer
 from clipkit.interop.clip_bpe import is_clip_bpe, read_bpe
 from clipkit.interop.from_transformers import OWN_TOKENIZER, model_cfg_from_transformers, preprocess_cfg_from_transformers
@@ -19,6 +20,7 @@ from clipkit.model.build import CONFIG_NAME, build_model, complete_preprocess_cf
 from clipkit.model.image_text import ImageTextModel
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
+OPEN_CLIP_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")  # what is read; open_clip wrote the second before
 # transformers' names, in the order of preference; an index names the files that the tensors are spread over.
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
                         "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -49,18 +51,23 @@ def load_model(source: str | Path, *, pretrained: str | None = None, device: str
 
     Args:
       source: A run folder (runs/emoji), a model folder (runs/emoji/model), a transformers folder of a CLIP or a
-        fixed-resolution SigLIP (config.json, weights, preprocessor_config.json, tokenizer), or an open_clip name (ViT-B-32).
+        fixed-resolution SigLIP (config.json, weights, preprocessor_config.json, tokenizer), the same on the Hugging Face
+        hub (hf-hub:<org>/<name>[@revision]), or an open_clip name (ViT-B-32).
       pretrained: open_clip tag or weights file, with an open_clip name.
       device: Where the model goes.
 
     Raises:
-      FileNotFoundError: the folder holds no model, or a part of one is missing.
+      FileNotFoundError: the folder holds no model, a part of one is missing, or the hub has no such model or cannot be
+        reached.
       ValueError: the name or the tag is unknown, `pretrained` comes with a folder, or open_clip's classes cannot represent
         the model.
     """
-    path = Path(source)
-    if path.is_dir() and pretrained is not None:
-        raise ValueError(f"pretrained is {pretrained!r}, but the folder {source} has its own weights; leave pretrained out")
+    path, on_hub = Path(source), str(source).startswith(MODEL_PREFIX)
+    if pretrained is not None and (on_hub or path.is_dir()):
+        place = "model" if on_hub else "folder"
+        raise ValueError(f"pretrained is {pretrained!r}, but the {place} {source} has its own weights; leave pretrained out")
+    if on_hub:
+        path = fetch_model(str(source), (*OPEN_CLIP_WEIGHTS, *TRANSFORMERS_WEIGHTS)).folder
     if path.is_dir():
         model = _load_folder(path / "model" if (path / "model").is_dir() else path)
     elif os.sep in str(source):
@@ -72,14 +79,22 @@ def load_model(source: str | Path, *, pretrained: str | None = None, device: str
 
 
 def _load_folder(folder: Path) -> ImageTextModel:
-    if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        return _assemble(folder, config["model_cfg"], config.get("preprocess_cfg", {}), read_weights(folder / WEIGHTS_NAME),
-                         file_sha256(folder / WEIGHTS_NAME))
+    weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    if (folder / CONFIG_NAME).is_file() and weights is not None:
+        config = _read_config(folder / CONFIG_NAME)
+        return _assemble(folder, config["model_cfg"], config["preprocess_cfg"], _read_safely(weights), file_sha256(weights))
     if (folder / "config.json").is_file():
         return _load_transformers_folder(folder)
     raise FileNotFoundError(f"{folder} holds no model: it has neither {CONFIG_NAME} with {WEIGHTS_NAME} (clipkit, open_clip) "
                             "nor config.json with model.safetensors (a transformers CLIP or SigLIP); give a folder that has")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {"preprocess_cfg": {}, **config, "model_cfg": config["model_cfg"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no open_clip configuration ({error}); copy or fetch it again") from error
 
 
 def _load_transformers_folder(folder: Path) -> ImageTextModel:
@@ -161,11 +176,15 @@ def _weights_files(folder: Path) -> list[Path]:
 
 
 def _read_safely(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+
     try:
         return read_weights(path)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path.name} holds more than tensors and is not read, as that could run its code; convert it to "
                          "safetensors") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or fetch it again") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
