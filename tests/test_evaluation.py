@@ -2,25 +2,30 @@
 
 import functools
 import io
+import itertools
 import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from clipkit.data.emoji import shards as emoji_shards_module
 from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.tars import BadSample
-from clipkit.evaluation import tasks
+from clipkit.evaluation import image_sets, nearest_neighbour, tasks, zero_shot
 from clipkit.evaluation.encode import encode_task, encode_texts, evaluation_mode
-from clipkit.evaluation.image_sets import ShardImages
+from clipkit.evaluation.image_sets import ShardImages, Share
 from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
+from clipkit.evaluation.pictures import pictures_of
 from clipkit.evaluation.predictions import predict
+from clipkit.evaluation.store import EmbeddingStore
 from clipkit.evaluation.tasks import Task, TaskSample, load_task
 from clipkit.evaluation.zero_shot import evaluate
 
@@ -88,13 +93,26 @@ def test_the_full_tasks_have_the_class_numbers_of_the_readme(monkeypatch: pytest
     assert len(load_task("emoji_test_style").classes) == 1358
 
 
+@pytest.mark.parametrize("num_streams", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_every_sample_falls_to_exactly_one_process(caption_shards: Path, world_size: int) -> None:
+def test_every_sample_falls_to_exactly_one_reader_and_a_block_to_one_process(caption_shards: Path, world_size: int,
+                                                                             num_streams: int) -> None:
     task = load_task(str(caption_shards))
-    shares = [[sample.position for sample in task.images.read(rank, world_size)
-               if isinstance(sample, TaskSample)] for rank in range(world_size)]
-    assert sorted(position for share in shares for position in share) == [(s, n) for s in range(2) for n in range(5)]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1 + 2
+    owner = {}
+    for rank, stream in itertools.product(range(world_size), range(num_streams)):
+        for sample in task.images.read(Share(rank, world_size, 2, stream, num_streams)):
+            assert isinstance(sample, TaskSample) and sample.position not in owner
+            owner[sample.position] = rank
+    assert sorted(owner) == [(shard, number) for shard in range(2) for number in range(5)]
+    for shard in range(2):
+        assert [owner[shard, number] for number in range(5)] == [(block + shard) % world_size for block in (0, 0, 1, 1, 2)]
+
+
+def test_trouble_with_a_shard_is_told_by_one_reader(tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    images = load_task(str(tmp_path / "bad.tar")).images
+    told = [sample for rank in range(3) for stream in range(2) for sample in images.read(Share(rank, 3, 4, stream, 2))]
+    assert len(told) == 1
 
 
 def test_captions_come_from_the_json_list_or_the_text(caption_shards: Path) -> None:
@@ -132,6 +150,20 @@ def test_a_task_without_a_usable_image_is_refused(tiny_model, tmp_path: Path) ->
     shard = write_tar(tmp_path / "bad.tar", {"a.txt": b"no picture"})
     with pytest.raises(ValueError, match=r"bad.tar has no image that can be used \(bad samples: \{'no image': 1\}\)"):
         evaluate(tiny_model, [shard])
+
+
+def test_pictures_are_read_again_by_key_and_no_others_decoded(caption_shards: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "flat").mkdir()
+    for number in range(5):
+        (tmp_path / "flat" / f"{number}.png").write_bytes(png(number))
+    flat = Task("flat", "all", tasks.RETRIEVAL, tasks.pictures_in(tmp_path / "flat"))
+    decode, decoded = image_sets.decode_image, []
+    monkeypatch.setattr(image_sets, "decode_image", lambda *args, **options: decoded.append(1) or decode(*args, **options))
+    for task, keys in ((load_task(str(caption_shards)), ["001.tar/1-3", "000.tar/0-2"]), (flat, ["4.png", "1.png"])):
+        wanted = {sample.key: sample.image for sample in task.images.read() if isinstance(sample, TaskSample)}
+        decoded.clear()
+        found = pictures_of(task, [*keys, keys[0]])
+        assert len(decoded) == 2 and found == {key: wanted[key] for key in keys}
 
 
 def features_one_by_one(model, task: Task) -> tuple[Tensor, Tensor]:
@@ -206,6 +238,60 @@ def test_features_are_fp32_also_under_autocast(tiny_model) -> None:
         assert torch.equal(encode_texts(tiny_model, ["a cat"], batch_size=1), expected)
 
 
+def test_nothing_is_rounded_to_tf32_inside_and_what_was_set_comes_back(tiny_model, caption_shards: Path, monkeypatch) -> None:
+    backends: Any = torch.backends
+    rounding = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    seen, encode_image, rank_targets = [], tiny_model.towers.encode_image, zero_shot.rank_targets
+
+    def look_into(function):
+        def seeing(*args, **options):
+            seen.append([backend.fp32_precision for backend in rounding])
+            return function(*args, **options)
+        return seeing
+
+    monkeypatch.setattr(tiny_model.towers, "encode_image", look_into(encode_image))
+    monkeypatch.setattr(zero_shot, "rank_targets", look_into(rank_targets))
+    before = [backend.fp32_precision for backend in rounding]
+    try:
+        for backend in rounding:
+            backend.fp32_precision = "tf32"
+        evaluate(tiny_model, [str(caption_shards)])
+        with pytest.raises(ZeroDivisionError), evaluation_mode(tiny_model):
+            _ = 1 / 0
+        assert [backend.fp32_precision for backend in rounding] == ["tf32"] * 3
+    finally:
+        for backend, precision in zip(rounding, before, strict=True):
+            backend.fp32_precision = precision
+    assert len(seen) == 2 + 2 and all(precisions == ["ieee"] * 3 for precisions in seen)
+
+
+def test_classes_without_a_positive_are_told_of_a_multi_label_task_too(tiny_model) -> None:
+    class Pictures:
+        fingerprint = "0" * 64
+
+        def read(self, *_: object):
+            for number in range(6):
+                labels = (0, 2) if number % 2 else (2,)
+                yield TaskSample((0, number), str(number), Image.new("RGB", (32, 32), (40 * number, 0, 0)), -1, labels, ())
+
+        def count(self) -> int:
+            return 6
+
+    classes = ("cat", "dog", "fish")
+    task = Task("pets", "test", tasks.MULTI_LABEL, Pictures(), classes, {"plain": [[name] for name in classes]})
+    outcome = zero_shot.measure(tiny_model, task)
+    assert outcome.notes == ("1 of 3 classes of pets have no picture (dog): they are possible answers, and no part of the "
+                             "means over classes",)
+    value = {result.metric: result.value for result in outcome.results}
+    features, _ = features_one_by_one(tiny_model, task)
+    with torch.no_grad():
+        weight = tiny_model.encode_text(tiny_model.tokenize(list(classes)))  # (C, D)
+    probabilities = (100 * features @ weight.T).softmax(dim=1).numpy()
+    right = np.array([[number % 2, 0, 1] for number in range(6)])
+    wanted = [average_precision_score(right[:, number], probabilities[:, number]) for number in (0, 2)]
+    assert value["mean_average_precision"] == pytest.approx(np.mean(wanted), abs=1e-9)
+
+
 def test_a_model_with_weights_that_are_not_finite_is_refused(tiny_model, small_emoji: Path) -> None:
     tiny_model.towers.text_projection.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="features hold NaN or infinity"):
@@ -213,11 +299,14 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(tiny_model, small_e
 
 
 @pytest.mark.slow
-def test_the_pixel_baseline_is_that_of_the_issue() -> None:
-    style, concept = emoji_pixel_baselines(["emoji_test_style", "some/shards", "emoji_test_concept"])
+def test_the_pixel_baseline_is_what_the_data_give_and_is_kept(tmp_path: Path, monkeypatch) -> None:
+    store = EmbeddingStore(tmp_path)
+    style, concept = emoji_pixel_baselines(["emoji_test_style", "some/shards", "emoji_test_concept"], store)
     assert style.value == pytest.approx(400 / 1358)  # 0.295
     assert (style.n, concept.n, concept.value) == (1358, 785, 0.0)
     assert emoji_pixel_baselines(["some/shards"]) == []
+    monkeypatch.setattr(nearest_neighbour, "emoji_pictures", None)
+    assert emoji_pixel_baselines(["emoji_test_style", "emoji_test_concept"], store) == [style, concept]
 
 
 def test_predictions_name_the_first_pictures(tiny_model, small_emoji: Path, caption_shards: Path) -> None:
@@ -231,7 +320,7 @@ def test_predictions_name_the_first_pictures(tiny_model, small_emoji: Path, capt
     assert of_pairs[1].label == "picture 0-1"
 
 
-def evaluate_on_a_rank(rank: int, world_size: int, port: int, shards: str, out: str) -> None:
+def evaluate_on_a_rank(rank: int, world_size: int, port: int, names: list[str], out: str) -> None:
     import torch.distributed as dist
 
     from clipkit.model.build import build_model
@@ -241,17 +330,24 @@ def evaluate_on_a_rank(rank: int, world_size: int, port: int, shards: str, out: 
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    found = evaluate(build_model(config=TINY), [shards, f"{shards}/000.tar"], batch_size=3)
+    model = build_model(config=TINY)
+    outcomes = [zero_shot.measure(model, load_task(task), batch_size=3) for task in names]
+    found = [result for outcome in outcomes for result in outcome.results]  # nll and ece among them: every bit counts
     Path(out, f"{world_size}-{rank}.txt").write_text("\n".join(map(str, found)))
     if world_size > 1:
         dist.destroy_process_group()
 
 
 @pytest.mark.multiprocess
-def test_several_processes_find_what_one_finds(caption_shards: Path, tmp_path: Path, free_port: int) -> None:
+def test_several_processes_find_what_one_finds_to_the_last_bit(caption_shards: Path, tmp_path: Path, free_port: int) -> None:
     import torch.multiprocessing as mp
 
-    evaluate_on_a_rank(0, 1, free_port, str(caption_shards), str(tmp_path))
-    mp.spawn(evaluate_on_a_rank, (2, free_port, str(caption_shards), str(tmp_path)), nprocs=2)
+    for number in range(10):
+        (tmp_path / "pets" / ("cat", "dog", "fish")[number % 3]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / ("cat", "dog", "fish")[number % 3] / f"{number}.png").write_bytes(png(number))
+    names = [str(caption_shards), f"{caption_shards}/000.tar", str(tmp_path / "pets")]
+    evaluate_on_a_rank(0, 1, free_port, names, str(tmp_path))
+    mp.spawn(evaluate_on_a_rank, (3, free_port, names, str(tmp_path)), nprocs=3)  # of 000.tar, one gets no batch
     alone = (tmp_path / "1-0.txt").read_text()
-    assert [(tmp_path / f"2-{rank}.txt").read_text() for rank in range(2)] == [alone] * 2
+    assert "'nll'" in alone
+    assert [(tmp_path / f"3-{rank}.txt").read_text() for rank in range(3)] == [alone] * 3

@@ -170,3 +170,12 @@ def test_the_average_of_a_suite_propagates_standard_errors() -> None:
     assert average_interval([(1.0, 0.9, 1.0)]) == (1.0, pytest.approx(0.9), 1.0)
     with pytest.raises(ValueError, match="there are 0 results; an average needs at least one"):
         average_interval([])
+
+
+def test_the_interval_of_a_paired_difference_is_scipys(rng: np.random.Generator) -> None:
+    a, b = rng.random(300) < 0.7, rng.random(300) < 0.6
+    differences = a.astype(int) - b.astype(int)
+    expected = bootstrap((differences,), np.mean, method="BCa", n_resamples=4000, rng=rng).confidence_interval
+    found = statistics.difference_interval(differences, np.ones(300))
+    assert found == pytest.approx(tuple(expected), abs=0.01)  # 2000 resamples: a tenth of the width
+    assert statistics.difference_interval(np.zeros(98), np.ones(98)) == pytest.approx((-0.0277, 0.0277), abs=1e-4)

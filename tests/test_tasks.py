@@ -16,7 +16,7 @@ from clipkit.data.emoji import shards as emoji_shards_module
 from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.tars import BadSample
 from clipkit.evaluation import tasks
-from clipkit.evaluation.image_sets import TaskSample, pictures_in
+from clipkit.evaluation.image_sets import Share, TaskSample, pictures_in
 from clipkit.evaluation.prompt_rules import prompt_rules
 from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, Task, empty_classes, load_task
 from tests.conftest import write_tar
@@ -57,7 +57,7 @@ def class_folders(root: Path, counts: dict[str, int]) -> Path:
 
 
 def read(task: Task, **ranks: int) -> list[TaskSample]:
-    found = list(task.images.read(**ranks))
+    found = list(task.images.read(Share(**ranks)))
     assert all(isinstance(sample, TaskSample) for sample in found), found
     return [sample for sample in found if isinstance(sample, TaskSample)]
 

@@ -12,7 +12,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compare(config: CompareConfig) -> None:
-    """Compare the predictions of two evaluations question by question, and print a table.
+    """Compare the predictions of two evaluations question by question, on the tasks and prompts of both; print a table.
 
     Raises:
       FileNotFoundError: one of them has no predictions.parquet.
@@ -25,8 +25,12 @@ def compare(config: CompareConfig) -> None:
 
     from clipkit.evaluation.comparison import comparison_table, read_predictions
     from clipkit.evaluation.paired import compare_predictions
+    from clipkit.evaluation.prediction_files import on_shared_questions
 
-    results = compare_predictions(read_predictions(Path(config.a)), read_predictions(Path(config.b)))
+    a, b, notes = on_shared_questions(read_predictions(Path(config.a)), read_predictions(Path(config.b)))
+    for note in notes:
+        print(f"note      {note}")
+    results = compare_predictions(a, b)
     print(comparison_table(results))
     if config.out:
         path = Path(config.out).expanduser()

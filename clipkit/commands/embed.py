@@ -29,6 +29,7 @@ def embed(config: EmbedConfig) -> None:
     from pandas import DataFrame
 
     from clipkit.evaluation.encode import encode_task, encode_texts
+    from clipkit.evaluation.progress_line import ProgressLine
     from clipkit.evaluation.tasks import RETRIEVAL, Task, load_task, pictures_in
     from clipkit.model.folder import load_model
     from clipkit.training.distributed import start_process, stop_process
@@ -44,7 +45,9 @@ def embed(config: EmbedConfig) -> None:
             print(f"note      pictures alone, without captions or labels: {error}", flush=True)
             task = Task(name=config.data, split="all", kind=RETRIEVAL, images=pictures_in(config.data))
         model = load_model(config.model, pretrained=config.pretrained, device=process.device)
-        encoded = encode_task(model, task, batch_size=config.batch_size, spread=True, workers=config.workers)
+        with ProgressLine("encoded   ", process.is_main) as line:
+            encoded = encode_task(model, task, batch_size=config.batch_size, spread=True, workers=config.workers,
+                                  progress=line.show)
         captions = [caption for of_image in encoded.captions for caption in of_image]
         images = [number for number, of_image in enumerate(encoded.captions) for _ in of_image]
         text_features = encode_texts(model, captions, batch_size=config.batch_size, spread=True) if captions else None

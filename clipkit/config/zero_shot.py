@@ -3,23 +3,30 @@
 from dataclasses import dataclass
 
 from clipkit.config.schema import at_least, positive, setting
+from clipkit.config.suite import SuiteConfig
 
 KINDS = ("zeroshot_classification", "zeroshot_retrieval", "zeroshot_multilabel", "linear_probe", "few_shot")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotConfig:
-    model: tuple[str, ...] = setting("a run, a model folder, a transformers folder or an open_clip name; several are compared")
+    model: tuple[str, ...] = setting("a run, a model folder, a transformers folder, hf-hub:<org>/<name>[@revision] or an "
+                                     "open_clip name; several are compared")
     pretrained: str | None = setting("open_clip tag or weights file, with an open_clip name")
-    task: tuple[str, ...] | None = setting("emoji_val, emoji_test_style, emoji_test_concept, a folder, a table or shards; "
-                                           "null = the three emoji tasks")
+    task: tuple[str, ...] | None = setting("emoji_val, emoji_test_style, emoji_test_concept, a folder, a table, shards or "
+                                           "hf://<user>/<dataset>[@revision]; null = the three emoji tasks")
+    suite: SuiteConfig | None = setting("tasks with one average, in the place of task; your own: <folder>/suite/<name>.yaml "
+                                        "and --config-dir <folder>")
     images: str | None = setting("folder of pictures without labels, for classes=[..] or query=..")
     classes: tuple[str, ...] | None = setting("names to tell the pictures apart by")
     query: str | None = setting("a text whose nearest pictures are listed")
     kind: tuple[str, ...] | None = setting("what to measure; null = what each task is made for", choices=KINDS)
-    templates: tuple[str, ...] | None = setting("openai80, openai7, plain, texts with {}, .txt or .json files; null = "
-                                                "the task's own")
+    templates: tuple[str, ...] | None = setting("openai80, openai7, plain, waffle, texts with {}, .txt or .json files; "
+                                                "null = the task's own")
+    template_effects: bool = setting("measure each template alone, and the whole without it")
     split: str | None = setting("split of a labelled set that is measured; null = test")
+    duplicates: str | None = setting("classes of one name: keep is what published results do; null = keep in sets on the hub, "
+                                     "else refuse", choices=("refuse", "keep", "merge"))
     features: tuple[str, ...] = setting("of linear_probe: projected (compared with texts), trunk (before it), or both",
                                         choices=("projected", "trunk"))
     shots: tuple[int, ...] = setting("training images a class, of few_shot", positive)
@@ -31,9 +38,14 @@ class ZeroShotConfig:
     device: str = setting("auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     store: bool = setting("keep embeddings in the cache, and use those that are there")
     cache_dir: str | None = setting("folder for unpacked data and embeddings; null = the user's cache")
+    offline: bool = setting("take what is on the Hugging Face hub from its cache alone")
     report: bool = setting("write report.html")
 
     def __post_init__(self) -> None:
+        ruled = [name for name in ("task", "images", "kind", "split", "templates", "duplicates")
+                 if getattr(self, name) is not None]
+        if self.suite is not None and ruled:
+            raise ValueError(f"suite={self.suite.name} says itself what is measured and how; leave {', '.join(ruled)} out")
         if self.images is None and (self.classes or self.query):
             raise ValueError("classes and query are about pictures without labels; give images=<folder> too, or task=<folder> "
                              "for labelled ones")

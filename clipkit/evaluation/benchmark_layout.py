@@ -47,13 +47,14 @@ def find_benchmark_set(name: str) -> tuple[str, str | None] | None:
     return None
 
 
-def open_benchmark_set(root: str, split: str, kind: str | None = None) -> OpenedSet:
+def open_benchmark_set(root: str, split: str, kind: str | None = None, *, with_train: bool = True) -> OpenedSet:
     """Open one split of a set.
 
     Args:
       root: of the set, a folder or a URL.
       split: name of the folder that holds the tars.
       kind: what the labels are read for; None = as dataset_type.txt says, without it classification.
+      with_train: open the train split too, where there is one.
 
     Raises:
       FileNotFoundError: there is no such split.
@@ -72,7 +73,7 @@ def open_benchmark_set(root: str, split: str, kind: str | None = None) -> Opened
         raise ValueError(f"{root}/classnames.txt is missing or empty; give the name of each class on a line of its own, in "
                          "the order of the labels")
     train = None
-    if split != "train" and _read_text(f"{root}/train/nshards.txt") is not None:
+    if with_train and split != "train" and _read_text(f"{root}/train/nshards.txt") is not None:
         train = _labelled(_shards_of(root, "train"), kind, len(classes))
     return OpenedSet(kind, split, _labelled(shards, kind, len(classes)), tuple(classes),
                      tuple(line for line in _lines(f"{root}/zeroshot_classification_templates.txt") if line), train,

@@ -17,8 +17,10 @@ from clipkit.evaluation.feature_rows import (
     share_rows,
     warn_if_not_kept,
 )
+from clipkit.evaluation.image_entry import EncodedImages
 from clipkit.evaluation.image_loader import ImageReader, LoadedImage, in_batches, load_images
-from clipkit.evaluation.store import EmbeddingStore, EncodedImages, identify, image_key
+from clipkit.evaluation.image_sets import Share
+from clipkit.evaluation.store import EmbeddingStore, identify, image_key
 from clipkit.evaluation.tasks import Task
 from clipkit.evaluation.text_features import encode_texts
 from clipkit.model.image_text import ImageTextModel
@@ -52,8 +54,8 @@ def encode_task(model: ImageTextModel, task: Task, *, batch_size: int, spread: b
       model: encodes the images; left in the mode it was in.
       task: has the images.
       batch_size: images that are encoded at once.
-      spread: over all processes: each encodes its share, and each gets the whole. All of them must call this. The store
-        of the first is read and written.
+      spread: over all processes: each encodes whole batches, and each gets all, the bits that one process would get. All
+        of them must call this. The store of the first is read and written.
       store: where features are kept.
       trunk: give the features before the projection too.
       workers: processes that decode and preprocess for this one; 0 = this one does. The features are the same.
@@ -115,7 +117,8 @@ class _Share:
             done, self.part_files = self.store.read_parts(self.key, trunk=self.trunk)
         row_of = {sample.position: row for row, sample in enumerate(done.samples)} if done else {}
         rank, world_size = ranks_of(self.spread)
-        reader = ImageReader(self.task.images, self.model.transform, row_of.keys(), rank, world_size)
+        share = Share(rank, world_size, self.batch_size)  # whole batches
+        reader = ImageReader(self.task.images, self.model.transform, row_of.keys(), share)
         count = self.task.images.count() if progress is not None else None
         num_bad, num_done, num_kept, batches = Counter(), 0, 0, []
         known: list[int] = []  # rows of `done`
@@ -128,7 +131,7 @@ class _Share:
                     num_kept = len(batches)
                 num_done += len(loaded)
                 if progress is not None:
-                    progress(num_done + num_bad.total(), count and -(-count // world_size))
+                    progress(*_of_all(num_done + num_bad.total(), count, world_size))
         if done and known:
             device = self.model.device
             batches.append(EncodedImages(done.image_features[known].to(device),
@@ -174,6 +177,11 @@ class _Share:
         for features in (images.image_features, images.trunk_features):
             if features is not None:
                 refuse_not_finite(features, lambda row: f"picture {images.samples[row].key} of task {self.task.name}")
+
+
+def _of_all(done: int, count: int | None, world_size: int) -> tuple[int, int | None]:
+    """Progress of all processes, judged by this one's: (done, count)."""
+    return (done * world_size, None) if count is None else (min(done * world_size, count), count)
 
 
 def _as_task(task: Task, images: EncodedImages, device: torch.device) -> EncodedTask:

@@ -1,4 +1,4 @@
-"""Rows of features: made in evaluation mode, gathered from the processes, checked before anyone uses them."""
+"""Rows of features: made in evaluation mode and exact fp32, gathered from the processes, checked before anyone uses them."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,17 +11,33 @@ from torch import Tensor, nn
 
 from clipkit.training.distributed import from_main, gather_objects
 
-Progress = Callable[[int, int | None], None]  # (done, total or None), of this process's share
+Progress = Callable[[int, int | None], None]  # (done, total or None), judged by this process's share
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Run the block, or a function that this decorates, with products of fp32 in fp32; what was set before comes back."""
+    backends: Any = torch.backends
+    # Where they may be rounded to TF32 (10 bits; of convolutions on CUDA that is the default) or to bfloat16.
+    rounding = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [backend.fp32_precision for backend in rounding]
+    for backend in rounding:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(rounding, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode, fp32 and without gradients; give every module its mode back."""
+    """Run the block in evaluation mode, exact fp32 and without gradients; give every module its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device.type
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False), exact_fp32():
             yield
     finally:
         for module, training in modes:

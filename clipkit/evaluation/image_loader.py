@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipkit.data.tars import BadSample
-from clipkit.evaluation.store import SampleInfo
-from clipkit.evaluation.tasks import ImageSet
+from clipkit.evaluation.image_entry import SampleInfo
+from clipkit.evaluation.image_sets import ALL, ImageSet, Share
+from clipkit.evaluation.sample_keys import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,8 +40,7 @@ class ImageReader:
     images: ImageSet
     transform: "Callable[[Image], Tensor]"  # a picture to (3, H, W)
     done: AbstractSet[tuple[int, int]] = frozenset()  # positions whose pixels are not needed
-    rank: int = 0
-    world_size: int = 1
+    share: Share = ALL
 
 
 class _Chunk(NamedTuple):
@@ -98,11 +99,12 @@ def _read_stream(reader: ImageReader, stream: int, streams: int) -> Iterator[_Ch
         return _Chunk(stream, infos, asked, torch.stack(rows) if rows else None, num_bad, failure, is_last)
 
     try:
-        for sample in reader.images.read(reader.rank + reader.world_size * stream, reader.world_size * streams):
+        for sample in reader.images.read(reader.share._replace(stream=stream, num_streams=streams)):
             if isinstance(sample, BadSample):
                 num_bad[sample.cause] += 1
                 continue
-            infos.append(SampleInfo(sample.position, sample.key, sample.label, sample.labels, sample.captions))
+            infos.append(SampleInfo(sample.position, printable(sample.key), sample.label, sample.labels,
+                                    tuple(map(printable, sample.captions))))
             pixels.append(None if sample.position in reader.done else reader.transform(sample.image))
             if len(infos) == CHUNK_SAMPLES:
                 yield chunk()
@@ -151,14 +153,10 @@ class _WorkerStream(IterableDataset):
 
 
 def in_batches(loaded: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:
-    """Group pictures so that each batch holds batch_size with pixels (the last may have fewer), in order."""
-    batch: list[LoadedImage] = []
-    room = batch_size
-    for one in loaded:
-        batch.append(one)
-        room -= one.pixels is not None
-        if room == 0:
-            yield batch
-            batch, room = [], batch_size
-    if batch:
-        yield batch
+    """Group pictures by their places: each batch is of batch_size consecutive samples of a shard (the last of fewer).
+
+    So a batch has the same pictures on any number of processes, in a first encoding and in one that goes on. Samples that
+    are bad, or not of the set, leave theirs smaller.
+    """
+    for _, batch in groupby(loaded, key=lambda one: (one.info.position[0], one.info.position[1] // batch_size)):
+        yield list(batch)

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from clipkit.data.samples import SampleError
 from clipkit.data.shards import count_samples
 from clipkit.data.tables import Record, SourceError, read_captions, read_picture
 from clipkit.data.tars import IMAGE_SUFFIXES, BadSample, RawSample, is_local, read_numbered
+from clipkit.evaluation.sample_keys import printable
 
 CLASSIFICATION = "zeroshot_classification"
 RETRIEVAL = "zeroshot_retrieval"
@@ -37,6 +38,29 @@ class TaskSample(NamedTuple):
     captions: tuple[str, ...]  # of a retrieval task
 
 
+class Share(NamedTuple):
+    """Which samples one of several readers reads: each sample falls to exactly one of them."""
+
+    rank: int = 0
+    world_size: int = 1  # processes: whole blocks are dealt to them in turn
+    block_size: int = 1  # consecutive samples of a shard
+    stream: int = 0
+    num_streams: int = 1  # readers of one process: its samples are dealt to them in turn
+    keys: frozenset[str] | None = None  # printable keys of those that are wanted; None = all. No others are decoded
+
+    def has(self, shard: int, number: int) -> bool:
+        """Whether a sample falls to this reader. Shards begin with different processes: none gets all the first ones."""
+        return (number // self.block_size + shard) % self.world_size == self.rank \
+            and number % self.num_streams == self.stream
+
+    def wants(self, key: str) -> bool:
+        """Whether the sample with this key is to be decoded."""
+        return self.keys is None or printable(key) in self.keys
+
+
+ALL = Share()
+
+
 class ImageSet(Protocol):
     """The pictures of a task. All of it can be read any number of times."""
 
@@ -48,10 +72,8 @@ class ImageSet(Protocol):
         """
         ...
 
-    def read(self, rank: int = 0, world_size: int = 1) -> Iterator[TaskSample | BadSample]:
-        """Read the share of the samples that falls to one of several processes, in order.
-
-        Every sample falls to exactly one of them. A sample that cannot be used comes as a BadSample.
+    def read(self, share: Share = ALL) -> Iterator[TaskSample | BadSample]:
+        """Read a share of the samples in order. A sample that cannot be used comes as a BadSample.
 
         Raises:
           ValueError: a label does not fit the classes of the set.
@@ -88,17 +110,12 @@ class ShardImages:
     def _fingerprint(self) -> str:
         return _hash_files(self.meaning, self.shards)
 
-    def read(self, rank: int = 0, world_size: int = 1) -> Iterator[TaskSample | BadSample]:
+    def read(self, share: Share = ALL) -> Iterator[TaskSample | BadSample]:
         for shard_number, url in enumerate(self.shards):
-            turn = (rank - shard_number) % world_size
-
-            def is_mine(number: int, turn: int = turn) -> bool:
-                return number % world_size == turn
-
-            for number, raw in read_numbered(url, keep=is_mine, with_npy=self.with_npy):
-                if isinstance(raw, BadSample) and (number >= 0 or turn == 0):  # trouble with the shard: told by one
+            for number, raw in read_numbered(url, keep=partial(share.has, shard_number), with_npy=self.with_npy):
+                if isinstance(raw, BadSample) and share.has(shard_number, number):  # trouble with the shard has number -1
                     yield raw
-                elif isinstance(raw, RawSample):
+                elif isinstance(raw, RawSample) and share.wants(self._key(shard_number, raw)):
                     sample = self._sample((shard_number, number), raw)
                     if sample is not None:
                         yield sample
@@ -111,6 +128,9 @@ class ShardImages:
         names = [url.rpartition("/")[2] for url in self.shards]
         return names if len(set(names)) == len(names) else [f"{n}:{name}" for n, name in enumerate(names)]
 
+    def _key(self, shard_number: int, raw: RawSample) -> str:
+        return f"{self._shard_names[shard_number]}/{raw.key}"
+
     def _sample(self, position: tuple[int, int], raw: RawSample) -> TaskSample | BadSample | None:
         try:
             if raw.image is None:
@@ -121,7 +141,7 @@ class ShardImages:
             image = Image.fromarray(decode_image(raw.image, max_pixels=MAX_PIXELS))
         except (SampleError, DecodeError) as error:
             return BadSample(error.cause, raw.url, raw.key, error.detail)
-        return TaskSample(position, f"{self._shard_names[position[0]]}/{raw.key}", image, *target)
+        return TaskSample(position, self._key(position[0], raw), image, *target)
 
 
 class Picture(NamedTuple):
@@ -151,9 +171,9 @@ class FileImages:
     def _fingerprint(self) -> str:
         return _hash_files(self.meaning, [str(file) for file in self.files])
 
-    def read(self, rank: int = 0, world_size: int = 1) -> Iterator[TaskSample | BadSample]:
+    def read(self, share: Share = ALL) -> Iterator[TaskSample | BadSample]:
         for number, picture in enumerate(self.pictures):
-            if number % world_size == rank:
+            if share.has(0, number) and share.wants(picture.key):
                 yield _read_file(number, picture)
 
     def count(self) -> int | None:
@@ -170,6 +190,7 @@ class OpenedSet(NamedTuple):
     templates: tuple[str, ...] = ()  # the set's own
     train: ImageSet | None = None  # its labelled train split
     source_of_classes: str = ""  # for messages
+    commit: str = ""  # of a set on the hub
 
 
 def pictures_in(folder: str | Path) -> FileImages:

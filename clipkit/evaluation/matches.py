@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from clipkit.evaluation.feature_rows import exact_fp32
 from clipkit.evaluation.predictions import Prediction
 from clipkit.training.atomic_files import write_text_atomically
 
@@ -33,6 +34,7 @@ class Match(NamedTuple):
     score: float  # cosine of picture and query, -1 to 1: no probability
 
 
+@exact_fp32()
 def classify_pictures(files: Sequence[str], image_features: Tensor, class_weights: Tensor, *, classes: Sequence[str],
                       logit_scale: float, num_guesses: int = NUM_GUESSES) -> list[NamedPicture]:
     """Name pictures.
@@ -65,6 +67,7 @@ def classify_pictures(files: Sequence[str], image_features: Tensor, class_weight
             for file, numbers, values in rows]
 
 
+@exact_fp32()
 def top_matches(image_features: Tensor, query_feature: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the pictures nearest to a text.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.evaluation.statistics import Z_95, bca_interval_of_ratio
+from clipkit.evaluation.statistics import difference_interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -132,10 +132,7 @@ def _compare(rows: "DataFrame", k: int, seed: int, num_resamples: int) -> dict[s
     sizes = np.bincount(image)  # (images,)
     won, lost = hits_b & ~hits_a, hits_a & ~hits_b  # (N,)
     differences = np.bincount(image, weights=won.astype(int) - lost.astype(int)).round().astype(int)  # (images,)
-    low, high = bca_interval_of_ratio(differences, sizes, seed=seed, num_resamples=num_resamples)
-    if low == high:  # no image tells the models apart (or all do, alike): as if one more had gone either way
-        margin = Z_95 * 2**0.5 / (len(sizes) + 2)
-        low, high = max(low - margin, -1.0), min(high + margin, 1.0)
+    low, high = difference_interval(differences, sizes, seed=seed, num_resamples=num_resamples)
     task = {column: str(rows[column].iloc[0]) for column in TASK_COLUMNS}
     direction = task["direction"]
     return {**task, "metric": f"{direction}_recall@{k}" if direction else f"acc{k}", "n": len(rows),

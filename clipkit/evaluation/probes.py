@@ -11,7 +11,7 @@ from torch import Tensor
 from clipkit.evaluation.encode import EncodedTask, encode_task
 from clipkit.evaluation.few_shot import few_shot
 from clipkit.evaluation.linear_probe import linear_probe
-from clipkit.evaluation.outcome import Outcome
+from clipkit.evaluation.outcome import Outcome, named_table
 from clipkit.evaluation.results import Result
 from clipkit.evaluation.retrieval import Ranking, rank_scores
 from clipkit.evaluation.statistics import mean_per_class_recall, mean_per_class_recall_interval, wilson_interval
@@ -45,9 +45,9 @@ def measure_linear_probe(model: ImageTextModel, task: Task, settings: ProbeSetti
     Raises:
       ValueError: the task has no train split, or the tower has no features before the projection.
     """
-    from pandas import concat
+    from pandas import DataFrame, concat
 
-    results, predictions = [], []
+    results, predictions, curves = [], [], []
     for place in settings.features:
         train, test = _both_splits(model, task, batch_size, store, workers, trunk=place == "trunk")
         probe = linear_probe((_features(train, place), train.labels.cpu()), (_features(test, place), test.labels.cpu()),
@@ -67,7 +67,11 @@ def measure_linear_probe(model: ImageTextModel, task: Task, settings: ProbeSetti
                               ci_high=high, **about))
         results.append(Result(metric="lp_lambda", value=probe.regularisation, ci_low=None, ci_high=None, **about))
         predictions.append(_rows(task, "linear_probe", f"{place} features", test, ranking, probe.logits))
-    return Outcome(results, concat(predictions, ignore_index=True))
+        curve = DataFrame(probe.curve, columns=["regularisation", "validation_accuracy"])
+        curves.append(named_table(curve.assign(num_validation=probe.num_validation,
+                                               chosen=curve["regularisation"] == probe.regularisation),
+                                  task=task.name, kind="linear_probe", prompts=f"{place} features"))
+    return Outcome(results, concat(predictions, ignore_index=True), (), {"lambdas": concat(curves, ignore_index=True)})
 
 
 def measure_few_shot(model: ImageTextModel, task: Task, settings: ProbeSettings, *, batch_size: int,
@@ -82,6 +86,8 @@ def measure_few_shot(model: ImageTextModel, task: Task, settings: ProbeSettings,
     Raises:
       ValueError: the task has no train split.
     """
+    from pandas import DataFrame
+
     train, test = _both_splits(model, task, batch_size, store, workers, trunk=False)
     names = "\n".join(f"{key} {label}" for key, label in zip(train.keys, train.labels.tolist(), strict=True))
     found = few_shot((train.image_features.cpu(), train.labels.cpu()), (test.image_features.cpu(), test.labels.cpu()),
@@ -89,10 +95,14 @@ def measure_few_shot(model: ImageTextModel, task: Task, settings: ProbeSettings,
                      shots=settings.shots, num_seeds=settings.num_seeds)
     notes = tuple(f"{len(result.short_classes)} of {len(task.classes)} classes of {task.name} have fewer than {result.shots} "
                   "training images: all of theirs are used" for result in found if result.short_classes)
+    rule = f"{settings.num_seeds} draws"
+    draws = DataFrame([{"shots": result.shots, "draw": draw, "accuracy": accuracy, "regularisation": regularisation}
+                       for result in found for draw, (accuracy, regularisation) in
+                       enumerate(zip(result.accuracies, result.regularisations, strict=True))])
     return Outcome([Result(task=task.name, split=task.split, kind="few_shot", metric=f"fewshot_k{result.shots}_acc1",
                    value=result.accuracy, n=result.n, ci_low=result.ci_low, ci_high=result.ci_high,
-                   num_classes=len(task.classes), prompts=f"{settings.num_seeds} draws",
-                   n_bad=test.num_bad.total()) for result in found], None, notes)
+                   num_classes=len(task.classes), prompts=rule, n_bad=test.num_bad.total()) for result in found], None, notes,
+                   {"draws": named_table(draws, task=task.name, kind="few_shot", prompts=rule)})
 
 
 PROBES = {"linear_probe": measure_linear_probe, "few_shot": measure_few_shot}

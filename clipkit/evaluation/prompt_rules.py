@@ -17,10 +17,10 @@ def prompt_rules(classes: Sequence[str], templates: str | Path | Sequence[str] |
 
     Args:
       classes: names of the classes, C.
-      templates: "openai80", "openai7", "plain" (the bare name), or "set" (the set's own); a .txt file with a template on
-        each line; a .json file {class name: [texts]}; a template, in which {} or {c} stands for the name; or a list of
-        these. The templates of a list make one rule together, every other entry one of its own. None = the set's own,
-        without them "openai80".
+      templates: "openai80", "openai7", "plain" (the bare name), "waffle" (random words: the baseline for descriptions of
+        the classes), or "set" (the set's own); a .txt file with a template on each line; a .json file {class name:
+        [texts]}; a template, in which {} or {c} stands for the name; or a list of these. The templates of a list make one
+        rule together, every other entry one of its own. None = the set's own, without them "openai80".
       own: templates that came with the set.
 
     Returns:

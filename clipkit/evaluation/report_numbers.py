@@ -2,11 +2,16 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from clipkit.evaluation.results import Result
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from PIL.Image import Image
+
+Thumbnails = Callable[[str, Sequence[str]], "dict[str, Image]"]  # (task, keys) -> pictures by key
 
 
 class Answer(NamedTuple):
@@ -28,6 +33,20 @@ class Answer(NamedTuple):
     @property
     def right(self) -> bool:
         return self.guess == self.label
+
+
+class ShownTask(NamedTuple):
+    """What is known of a task that is shown in detail, measured in one way."""
+
+    task: str
+    kind: str
+    split: str
+    rules: list[str]  # all its prompt rules (of a probe: the features); the first is the one shown
+    answers: list[Answer]  # under that rule; none where a kind has no answers, or none were kept
+    classes: Sequence[str]
+    prompts: Mapping[str, Sequence[Sequence[str]]]  # rule -> texts of each class
+    results: Sequence[Result]  # of the task in any way
+    tables: "Mapping[str, DataFrame]"  # more of this kind, by name
 
 
 class Confusion(NamedTuple):

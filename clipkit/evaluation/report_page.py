@@ -56,6 +56,11 @@ td.metric small{font-size:12.5px;white-space:nowrap}
 td.name{font-weight:600;overflow-wrap:break-word;min-width:110px}
 .interval{display:block;width:100%;max-width:136px;height:6px;margin-top:4px}
 .track{fill:var(--line)}.range{fill:var(--middle)}.mark{fill:var(--accent)}
+.difference .range:not(.clear){fill:var(--line)}.difference .mark:not(.clear){fill:var(--other)}
+.effects td,.effects th{padding-top:5px;padding-bottom:5px;font-size:14px;white-space:nowrap}
+.effects td:first-child{white-space:normal;min-width:200px;overflow-wrap:anywhere}.effects .interval{width:120px;
+display:inline-block;vertical-align:middle;margin:0}
+.effects tr.whole td{font-weight:620}
 .meanings{columns:2;column-gap:40px;margin:14px 0 0;padding:0;list-style:none;font-size:13.5px;color:var(--soft)}
 .meanings li{break-inside:avoid;padding:1px 0}.meanings b{color:var(--ink);font-weight:600}
 .sheet{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:24px 20px;margin-top:16px}
@@ -83,6 +88,8 @@ line-height:1.75;break-inside:avoid}
 .recall>span:last-child{color:var(--soft);text-align:right;white-space:nowrap}
 .rail{background:var(--panel);border-radius:2px;height:9px;position:relative}
 .rail i,.rail s{display:block;position:absolute;border-radius:2px}
+.rail u{position:absolute;top:-2px;width:2px;height:13px;background:var(--ink);opacity:.6}
+.recall.wide{grid-template-columns:minmax(0,11em) 1fr 7.2em}
 .rail i{height:100%;background:var(--accent);left:0}.rail s{height:1px;top:4px;background:var(--ink);opacity:.6}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:24px 56px;align-items:start}
 .figure{display:block;width:100%;height:auto;margin-top:14px}
@@ -92,6 +99,7 @@ line-height:1.75;break-inside:avoid}
 .axis{stroke:var(--other)}.grid{stroke:var(--line)}.frame{fill:none;stroke:var(--line)}
 .diagonal{stroke:var(--other);stroke-dasharray:4 4}
 .curve{fill:none;stroke-width:1.25;opacity:.5}.curve.c0{stroke:var(--accent)}.curve.c1{stroke:var(--other)}
+.draw{fill:var(--accent);opacity:.35}
 .whisker{stroke:var(--accent);opacity:.45}
 .dot.c0{fill:var(--accent)}.dot.c1{fill:var(--paper);stroke:var(--other);stroke-width:1.5}
 .bin.c0{fill:var(--accent)}.bin.c1{fill:var(--other)}

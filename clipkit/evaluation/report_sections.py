@@ -1,8 +1,8 @@
 """The part of a report on one task: classification in detail, retrieval in detail. The page's frame: report.py."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +12,15 @@ from clipkit.evaluation.report_numbers import (
     Answer,
     ClassRecall,
     Confusion,
+    ShownTask,
+    Thumbnails,
     class_recalls,
     rank_histogram,
     surest_first,
     worst_confusions,
 )
 from clipkit.evaluation.report_page import counted, escape, name, percent, picture
+from clipkit.evaluation.report_templates import templates_section
 from clipkit.evaluation.statistics import wilson_interval
 
 if TYPE_CHECKING:
@@ -31,22 +34,8 @@ NUM_PROMPT_CLASSES, NUM_PROMPT_TEXTS = 4, 6  # examples of a prompt rule
 
 DIRECTIONS = {"image_retrieval": "Text to image", "text_retrieval": "Image to text"}
 
-Thumbnails = Callable[[str, Sequence[str]], "dict[str, Image]"]
 
-
-class TaskPredictions(NamedTuple):
-    """What is known of a task that is shown in detail."""
-
-    task: str
-    kind: str
-    split: str
-    rules: list[str]  # all its prompt rules; the first is the one shown
-    answers: list[Answer]  # under that rule, at least one
-    classes: Sequence[str]
-    prompts: Mapping[str, Sequence[Sequence[str]]]  # rule -> texts of each class
-
-
-def classification_section(shown: TaskPredictions, thumbnails: Thumbnails) -> str:
+def classification_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
     """Show what a classifier confuses, which classes it knows, how far its probabilities can be believed, and pictures."""
     answers = surest_first(shown.answers)
     right, wrong = ([answer for answer in answers if answer.right == side] for side in (True, False))
@@ -59,14 +48,15 @@ def classification_section(shown: TaskPredictions, thumbnails: Thumbnails) -> st
         f"({percent(len(right) / len(answers))}).{_tie_sentence(answers)}</p>",
         "<h3>Surest and right</h3>", _sheet(right[:NUM_PICTURES], pictures, "No picture is named rightly."),
         "<h3>Surest and wrong</h3>", _sheet(wrong[:NUM_PICTURES], pictures, "No picture is named wrongly."),
-        "<h3>Worst confusions</h3>", _confusion_cards(confusions, pictures),
+        "<h3>Worst confusions</h3>", confusion_cards(confusions, pictures),
         "<h3>Recall of each class</h3>", _recalls(class_recalls(answers), len(shown.classes)),
         _calibration(answers),
-        _prompts(shown.prompts, shown.classes),
+        templates_section(shown.tables.get("templates")),
+        prompts_section(shown.prompts, shown.classes),
     ))
 
 
-def retrieval_section(shown: TaskPredictions, thumbnails: Thumbnails) -> str:
+def retrieval_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
     """Show at which place the right answers stand, both ways, and the queries that fare worst."""
     of_direction = {direction: [answer for answer in shown.answers if answer.direction == direction]
                     for direction in DIRECTIONS}
@@ -115,7 +105,8 @@ def _sheet(answers: Sequence[Answer], pictures: "Mapping[str, Image]", empty: st
     return f'<div class="sheet">{"".join(figures)}</div>'
 
 
-def _confusion_cards(confusions: Sequence[Confusion], pictures: "Mapping[str, Image]") -> str:
+def confusion_cards(confusions: Sequence[Confusion], pictures: "Mapping[str, Image]") -> str:
+    """Pairs of pictures: one of the right class, one of the class that it is taken for."""
     if not confusions:
         return '<p class="soft">None: every picture is named rightly.</p>'
     order = ("The most frequent first, of equal ones the surest." if confusions[0].count > 1 else
@@ -186,7 +177,7 @@ def _calibration(answers: Sequence[Answer]) -> str:
         f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div></div></div>")
 
 
-def _prompts(prompts: Mapping[str, Sequence[Sequence[str]]], classes: Sequence[str]) -> str:
+def prompts_section(prompts: Mapping[str, Sequence[Sequence[str]]], classes: Sequence[str]) -> str:
     """Each prompt rule folded away, with the texts of a few classes."""
     if not prompts or not classes:
         return ""

@@ -9,7 +9,7 @@ from clipkit.evaluation.results import NO_FRACTIONS, ONLY_IN_FILES, Result, shor
 from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 
 KIND_TITLES = {CLASSIFICATION: "Zero-shot classification", RETRIEVAL: "Retrieval", MULTI_LABEL: "Multi-label classification",
-               "linear_probe": "Linear probe", "few_shot": "Few-shot"}
+               "linear_probe": "Linear probe", "few_shot": "Few-shot", "suite": "Suite"}
 METRIC_MEANINGS = {
     "acc1": "share of pictures whose first guess is right",
     "acc5": "share with the right class among the first five guesses",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from clipkit.training.atomic_files import write_text_atomically
 
@@ -14,6 +15,8 @@ MAX_TASK_LENGTH = 30  # characters, in the table for people
 NO_FRACTIONS = ("nll", "nll_100", "lp_lambda", "image_retrieval_median_rank", "text_retrieval_median_rank")
 SHORT = {"_retrieval_recall": " R", "_retrieval_median_rank": " median", "mean_per_class_recall": "class recall",
          "mean_average_precision": "mAP"}
+ABOUT = ("task", "split", "kind", "prompts")  # rows that are equal in these are measured together
+CURE = "move the results away, or give out=<another folder>"
 # Not in the table: it has to fit a terminal.
 ONLY_IN_FILES = ("ece_100", "nll", "nll_100", "tie_rate", "lp_lambda", "mean_average_precision_11_points")
 
@@ -50,19 +53,22 @@ class Provenance:
 def write_results(folder: Path, results: Sequence[Result], provenance: Provenance) -> None:
     """Write `results.csv` and `results.json` (the same rows), a row a number.
 
+    What the same weights have there on other tasks, splits, kinds and prompts stays; results of other weights go.
+
     Args:
-      folder: made if missing; older results in it are replaced.
+      folder: made if missing.
       results: at least one.
       provenance: what was measured.
 
     Raises:
-      ValueError: there are no results.
+      ValueError: there are no results, or those in the folder cannot be read (see `read_results`).
     """
     if not results:
         raise ValueError("there are no results to write; evaluate at least one task")
     rows = [{"schema_version": SCHEMA_VERSION, "name": provenance.name, "pretrained": provenance.pretrained,
              **asdict(result), "precision": provenance.precision, "weights_sha256": provenance.weights_sha256,
              "step": provenance.step, "clipkit_version": provenance.clipkit_version} for result in results]
+    rows = _others(read_results(folder), rows) + rows
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -70,6 +76,36 @@ def write_results(folder: Path, results: Sequence[Result], provenance: Provenanc
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder / "results.csv", text.getvalue())
     write_text_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of `results.json`; none where nothing was written.
+
+    Raises:
+      ValueError: the results are of another schema version, or damaged.
+    """
+    readers = {"results.csv": lambda text: list(csv.DictReader(io.StringIO(text))), "results.json": json.loads}
+    rows: list[dict[str, Any]] = []
+    for name, read in readers.items():
+        if not (folder / name).is_file():
+            continue
+        try:
+            rows = read((folder / name).read_text(encoding="utf-8"))
+            versions = {str(row["schema_version"]) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / name} cannot be read as results ({type(error).__name__}: {error}); {CURE}") from error
+        if versions - {str(SCHEMA_VERSION)}:
+            raise ValueError(f"{folder / name} holds results of schema version {', '.join(sorted(versions))}, this clipkit "
+                             f"writes {SCHEMA_VERSION}; {CURE}")
+    return rows if (folder / "results.json").is_file() else []
+
+
+def _others(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the older rows that are of the same weights and about something else."""
+    of_weights = {(row["name"], row["weights_sha256"]) for row in rows if row["weights_sha256"]}
+    about = {tuple(row[name] for name in ABOUT) for row in rows}
+    return [row for row in before if (row["name"], row["weights_sha256"]) in of_weights
+            and tuple(row[name] for name in ABOUT) not in about]
 
 
 def results_table(results: Sequence[Result]) -> str:

@@ -192,6 +192,24 @@ def bca_interval_of_ratio(sums: np.ndarray, sizes: np.ndarray, *, seed: int = 0,
                         num_resamples=num_resamples)
 
 
+def difference_interval(differences: np.ndarray, sizes: np.ndarray, *, seed: int = 0,
+                        num_resamples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % interval of the difference between two shares of the same questions, which come in clusters.
+
+    BCa; where no cluster tells the two apart (or all do, alike), as if one more had gone either way.
+
+    Args:
+      differences: (C,) int, hits of the one less hits of the other in each cluster.
+      sizes: (C,) questions in each.
+      seed, num_resamples: as in `bca_interval`.
+    """
+    low, high = bca_interval_of_ratio(differences, sizes, seed=seed, num_resamples=num_resamples)
+    if low < high:
+        return low, high
+    margin = Z_95 * 2**0.5 / (len(sizes) + 2)
+    return max(low - margin, -1.0), min(high + margin, 1.0)
+
+
 def bca_interval(statistic: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, *, seed: int = 0,
                  num_resamples: int = 2000) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of a statistic, corrected for bias and skewness.

@@ -3,6 +3,7 @@
 <cache>/embeddings/images-<key>/  image_features.npy, trunk_features.npy, samples.parquet, store.json
                    texts-<key>/   files of texts with their features, one added by each call that met new ones
                    parts/         what an interrupted encoding had done
+                   facts/         small values that are slow to find: of models, prompts, pixels
 """
 
 import hashlib
@@ -11,11 +12,11 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,35 +24,21 @@ from torch import Tensor
 
 from clipkit.data.emoji.shards import default_cache_dir
 from clipkit.evaluation.feature_files import feature_column, read_feature_files, write_feature_file
-from clipkit.model.build import file_sha256
+from clipkit.evaluation.feature_rows import warn_if_not_kept
+from clipkit.evaluation.image_entry import (
+    SCHEMA_VERSION,
+    EncodedImages,
+    json_sha256,
+    read_entry,
+    sample_columns,
+    samples_of,
+    write_entry,
+)
 from clipkit.model.image_text import ImageTextModel
-from clipkit.training.atomic_files import fsync_file, fsync_folder, one_line_os_error, remove_quietly
+from clipkit.training.atomic_files import fsync_folder, one_line_os_error, remove_quietly
 
-SCHEMA_VERSION = 1  # raise when the layout changes, or the way in which clipkit decodes or encodes
-HASHED_BYTES = 2**26  # files up to this size are hashed when they are read; of larger ones the size is compared
-CHECKED_ROWS = 1024  # rows in which a reader looks for values that are not finite
 TEXTS_PER_FILE = 65536  # bounds the memory that writing takes
 TOKENIZER_PROBE = "A photo of 12 naïve cats, don't they PURR?"  # capitals, digits, accents, punctuation
-FEATURES, TRUNK, SAMPLES, INDEX = "image_features.npy", "trunk_features.npy", "samples.parquet", "store.json"
-
-
-class SampleInfo(NamedTuple):
-    """What is known of one picture of a task, beside the picture (see `TaskSample`)."""
-
-    position: tuple[int, int]
-    key: str
-    label: int
-    labels: tuple[int, ...]
-    captions: tuple[str, ...]
-
-
-class EncodedImages(NamedTuple):
-    """The pictures of an image set in its order. Legend: N images, D embed_dim, F width of the trunk."""
-
-    image_features: Tensor  # (N, D) unit norm, fp32
-    trunk_features: Tensor | None  # (N, F) fp32, before the projection
-    samples: list[SampleInfo]  # N
-    num_bad: Counter[str]  # samples left out, by cause
 
 
 @dataclass(frozen=True)
@@ -73,6 +60,9 @@ def identify(model: ImageTextModel) -> ModelIdentity:
     """Collect what a model's features depend on. Weights that were not loaded from a file are hashed now."""
     from importlib.metadata import version
 
+    facts = getattr(model, "facts", None)  # of a LazyModel
+    if facts is not None:
+        return facts.identity
     return ModelIdentity(
         weights_sha256=model.source_sha256 or state_sha256(model),
         config=model.config,
@@ -93,12 +83,12 @@ def state_sha256(model: ImageTextModel) -> str:
 
 def image_key(identity: ModelIdentity, fingerprint: str) -> str:
     """Name what a model makes of an image set: 64 hex digits, others for any other model, preprocessing or data."""
-    return _sha256_of(["images", SCHEMA_VERSION, asdict(identity), fingerprint])
+    return json_sha256(["images", SCHEMA_VERSION, asdict(identity), fingerprint])
 
 
 def text_key(identity: ModelIdentity) -> str:
     """Name what a model makes of texts; as `image_key`."""
-    return _sha256_of(["texts", SCHEMA_VERSION, asdict(identity)])
+    return json_sha256(["texts", SCHEMA_VERSION, asdict(identity)])
 
 
 class EmbeddingStore:
@@ -126,7 +116,7 @@ class EmbeddingStore:
         if not entry.is_dir():
             return None
         try:
-            found = _read_entry(entry)
+            found = read_entry(entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             cause = str(error).split("\n")[0]
             warnings.warn(f"{entry} is damaged ({cause}): it is removed, and its pictures are encoded again", stacklevel=2)
@@ -146,7 +136,7 @@ class EmbeddingStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             workplace = Path(tempfile.mkdtemp(prefix=".tmp-images-", dir=self.folder))
             workplace.chmod(0o755)  # mkdtemp gives 0700; a cache may be shared
-            _write_entry(workplace, images)
+            write_entry(workplace, images)
             has_no_less = partial(self.read_images, key, trunk=images.trunk_features is not None)
             if has_no_less() is None:
                 if entry.is_dir():
@@ -213,7 +203,7 @@ class EmbeddingStore:
         features = torch.from_numpy(np.concatenate([feature_column(table, "image_features") for table in usable]))
         before = torch.from_numpy(np.concatenate([feature_column(table, "trunk_features") for table in usable])
                                   ) if trunk else None
-        samples = [sample for table in usable for sample in _samples_of(table.to_pydict())]
+        samples = [sample for table in usable for sample in samples_of(table.to_pydict())]
         return EncodedImages(features, before, samples, Counter()), paths
 
     def write_part(self, key: str, images: EncodedImages) -> Path:
@@ -225,75 +215,29 @@ class EmbeddingStore:
         features = {"image_features": images.image_features.cpu().numpy()}
         if images.trunk_features is not None:
             features["trunk_features"] = images.trunk_features.cpu().numpy()
-        return write_feature_file(self.folder / "parts", _columns(images.samples), features, prefix=f"{key}-")
+        return write_feature_file(self.folder / "parts", sample_columns(images.samples), features, prefix=f"{key}-")
+
+    def fact(self, name: Any, find: Callable[[], Any]) -> Any:
+        """Return a small plain value that was found before, or find it now and keep it.
+
+        Args:
+          name: plain value that changes with all that the fact depends on.
+          find: finds the fact.
+        """
+        path = self.folder / "facts" / f"{json_sha256([SCHEMA_VERSION, name])}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["sha256"] == json_sha256(kept["value"]):
+                return kept["value"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there, or damaged
+        value = find()
+        warn_if_not_kept(lambda: _write_fact(path, value))
+        return value
 
 
-def _write_entry(folder: Path, images: EncodedImages) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    np.save(folder / FEATURES, images.image_features.cpu().numpy())
-    if images.trunk_features is not None:
-        np.save(folder / TRUNK, images.trunk_features.cpu().numpy())
-    pq.write_table(pa.table(_columns(images.samples), schema=_sample_schema()), folder / SAMPLES)
-    files = {}
-    for path in sorted(folder.iterdir()):
-        fsync_file(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    index = {"schema_version": SCHEMA_VERSION, "num_images": len(images.samples), "num_bad": dict(images.num_bad),
-             "files": files}
-    (folder / INDEX).write_text(json.dumps(index | {"sha256": _sha256_of(index)}, indent=1) + "\n", encoding="utf-8")
-    fsync_file(folder / INDEX)
-    fsync_folder(folder)
-
-
-def _read_entry(folder: Path) -> EncodedImages:
-    """Read an entry, or raise an error that says in a few words what is wrong with it."""
-    import pyarrow.parquet as pq
-
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if index.pop("sha256") != _sha256_of(index):
-        raise ValueError(f"{INDEX} has another sha256 than it says")
-    for name, facts in index["files"].items():
-        size = (folder / name).stat().st_size
-        if size != facts["size"]:
-            raise ValueError(f"{name} has {size} bytes in the place of {facts['size']}")
-        if size <= HASHED_BYTES and file_sha256(folder / name) != facts["sha256"]:
-            raise ValueError(f"{name} has another sha256 than in {INDEX}")
-    samples = _samples_of(pq.read_table(folder / SAMPLES).to_pydict())
-    features = [_map_features(folder / name, len(samples)) if name in index["files"] else None for name in (FEATURES, TRUNK)]
-    assert features[0] is not None
-    return EncodedImages(features[0], features[1], samples, Counter(index["num_bad"]))
-
-
-def _map_features(path: Path, num_images: int) -> Tensor:
-    """Map an array (N, D) into memory; changes to it stay in this process."""
-    rows = np.load(path, mmap_mode="c", allow_pickle=False)
-    if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != num_images:
-        raise ValueError(f"{path.name} holds {rows.shape} of {rows.dtype} in the place of {num_images} rows of float32")
-    if not np.isfinite(rows[::max(1, num_images // CHECKED_ROWS)]).all():
-        raise ValueError(f"{path.name} holds values that are not finite")
-    return torch.from_numpy(rows)
-
-
-def _columns(samples: Sequence[SampleInfo]) -> dict[str, list[Any]]:
-    return {"shard": [sample.position[0] for sample in samples], "number": [sample.position[1] for sample in samples],
-            "key": [sample.key for sample in samples], "label": [sample.label for sample in samples],
-            "labels": [list(sample.labels) for sample in samples], "captions": [list(sample.captions) for sample in samples]}
-
-
-def _sample_schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema({"shard": pa.int64(), "number": pa.int64(), "key": pa.string(), "label": pa.int64(),
-                      "labels": pa.list_(pa.int64()), "captions": pa.list_(pa.string())})
-
-
-def _samples_of(columns: dict[str, list[Any]]) -> list[SampleInfo]:
-    rows = zip(*(columns[name] for name in ("shard", "number", "key", "label", "labels", "captions")), strict=True)
-    return [SampleInfo((shard, number), key, label, tuple(labels), tuple(captions))
-            for shard, number, key, label, labels, captions in rows]
-
-
-def _sha256_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _write_fact(path: Path, value: Any) -> None:
+    beside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(json.dumps({"sha256": json_sha256(value), "value": value}) + "\n", encoding="utf-8")
+    os.replace(beside, path)

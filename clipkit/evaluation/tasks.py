@@ -10,6 +10,7 @@ from typing import Any
 
 from clipkit.data.emoji import emoji_shards
 from clipkit.data.emoji.pack import EmojiRow, read_emoji_rows
+from clipkit.data.hub import fetch_set, find_hub_set
 from clipkit.data.samples import SampleError
 from clipkit.data.shards import TABLE_SUFFIXES, expand_shards
 from clipkit.data.tars import RawSample, is_local
@@ -26,6 +27,7 @@ from clipkit.evaluation.image_sets import (
     pictures_in,
 )
 from clipkit.evaluation.labelled_files import open_folder, open_table
+from clipkit.evaluation.merged_classes import merge_classes
 
 __all__ = ["CLASSIFICATION", "EMOJI_PROMPTS", "EMOJI_SPLITS", "KINDS", "MULTI_LABEL", "RETRIEVAL", "ImageSet", "Task",
            "TaskSample", "empty_classes", "load_task", "pictures_in"]
@@ -38,8 +40,9 @@ EMOJI_PROMPTS: dict[str, Callable[[EmojiRow], list[str]]] = {
     "label_and_tags": lambda row: [", ".join((row.label, *row.tags))],
     "ensemble": lambda row: [row.label, ", ".join((row.label, *row.tags)), ", ".join(row.tags)],
 }
-POSSIBLE = ("shards, a set in the layout of CLIP_benchmark (folder or URL), a folder of class folders or of pictures with "
-            ".txt captions, or a .csv, .tsv or .parquet table")
+POSSIBLE = ("shards, a set in the layout of CLIP_benchmark (folder, URL or hf://<user>/<dataset>), a folder of class folders "
+            "or of pictures with .txt captions, or a .csv, .tsv or .parquet table")
+DUPLICATES = ("refuse", "keep", "merge")  # classes of one name
 NAMES_SHOWN = 5  # in messages
 
 
@@ -54,24 +57,32 @@ class Task:
     classes: tuple[str, ...] = ()  # names; () of a retrieval task
     prompts: dict[str, list[list[str]]] = field(default_factory=dict)  # name of the rule -> texts of each class
     train: "Task | None" = None  # the labelled train split, with the same classes
+    commit: str = ""  # of a set on the hub
+    notes: tuple[str, ...] = ()  # what the reader of its results has to know
 
 
 def load_task(name: str, *, cache_dir: str | Path | None = None, split: str | None = None,
-              templates: str | Path | Sequence[str] | None = None, kind: str | None = None) -> Task:
+              templates: str | Path | Sequence[str] | None = None, kind: str | None = None,
+              fetch_train: bool = False, duplicates: str | None = None) -> Task:
     """Find a task.
 
     Args:
       name: "emoji_val", "emoji_test_style" or "emoji_test_concept" (classes: the concepts of that split); a set in the
         layout of CLIP_benchmark, or a folder of class folders, with or without splits: the set or one of its splits; a
-        folder of pictures with a .txt beside each; a table; or image-text shards, as a pattern or a folder of tars.
+        set in that layout on the Hugging Face hub, hf://<user>/<dataset>[@revision]; a folder of pictures with a .txt
+        beside each; a table; or image-text shards, as a pattern or a folder of tars.
       cache_dir: folder for unpacked data, None = the user's cache.
       split: of a set that has several; None = "test".
       templates: as in `prompt_rules`, for the tasks with classes. None = the emoji tasks' three rules, a set's own
         templates, or "openai80".
       kind: one of KINDS; None = what the data say.
+      fetch_train: of a set on the hub, fetch the train split too, which may be large; elsewhere it is opened where it is.
+      duplicates: what becomes of classes of one name, which no text can tell apart: "refuse"; "keep", as published results
+        do, where only the first of them is ever guessed (ImageNet has two such pairs); or "merge" them into one. None =
+        "keep" for sets on the hub, "refuse" for one's own.
 
     Raises:
-      FileNotFoundError: there is no such task, split or shard.
+      FileNotFoundError: there is no such task, split or shard, or the hub cannot be reached.
       ValueError: the data, the classes or the templates cannot be used.
     """
     if kind is not None and kind not in KINDS:
@@ -80,15 +91,18 @@ def load_task(name: str, *, cache_dir: str | Path | None = None, split: str | No
         if split not in (None, EMOJI_SPLITS[name]) or kind not in (None, CLASSIFICATION):
             raise ValueError(f"task {name!r} is the split {EMOJI_SPLITS[name]!r}, a {CLASSIFICATION}; leave split and kind out")
         return _emoji_task(name, cache_dir, templates)
-    found = _open(name, split, kind)
-    prompts = {}
+    if duplicates not in (None, *DUPLICATES):
+        raise ValueError(f"duplicates is {duplicates!r}; choose one of {list(DUPLICATES)}")
+    found = _open(name, split, kind, fetch_train)
+    prompts, notes = {}, [f"{name} is at commit {found.commit}"] if found.commit else []
     if found.classes:
         from clipkit.evaluation.prompt_rules import prompt_rules
 
-        _check_classes(found.classes, found.source_of_classes)
+        found, note = _check_classes(found, duplicates or ("keep" if found.commit else "refuse"))
+        notes += [note] if note else []
         prompts = prompt_rules(found.classes, templates, own=found.templates)
     train = Task(name, "train", found.kind, found.train, found.classes) if found.train else None
-    return Task(name, found.split, found.kind, found.images, found.classes, prompts, train)
+    return Task(name, found.split, found.kind, found.images, found.classes, prompts, train, found.commit, tuple(notes))
 
 
 def empty_classes(task: Task, label_sets: Sequence[Sequence[int]]) -> str:
@@ -107,10 +121,15 @@ def empty_classes(task: Task, label_sets: Sequence[Sequence[int]]) -> str:
             f"({', '.join(empty[:NAMES_SHOWN])}{more}): they are possible answers, and no part of the means over classes")
 
 
-def _open(name: str, split: str | None, kind: str | None) -> OpenedSet:
+def _open(name: str, split: str | None, kind: str | None, fetch_train: bool) -> OpenedSet:
     """Find out what a name means, and open it."""
     if not name or name.startswith("pipe:"):
         raise ValueError(f"task is {name!r}; give one of {', '.join(EMOJI_SPLITS)}, or {POSSIBLE}")
+    on_hub = find_hub_set(name)
+    if on_hub is not None:
+        fetched = fetch_set(on_hub, split or "test", with_train=fetch_train)
+        found = open_benchmark_set(str(fetched.folder), split or "test", kind, with_train=fetch_train)
+        return found._replace(commit=fetched.commit)
     benchmark = find_benchmark_set(name)
     if benchmark is not None:
         root, own_split = benchmark
@@ -159,17 +178,23 @@ def _emoji_task(name: str, cache_dir: str | Path | None, templates: str | Path |
     return Task(name, split, CLASSIFICATION, images, classes, prompts, train)
 
 
-def _check_classes(classes: Sequence[str], origin: str) -> None:
-    """Refuse class names that cannot be told apart, or say nothing."""
+def _check_classes(found: OpenedSet, duplicates: str) -> tuple[OpenedSet, str]:
+    """Refuse class names that say nothing; refuse, keep or merge those that cannot be told apart, with a note."""
+    classes, origin = found.classes, found.source_of_classes
     blank = [number for number, name in enumerate(classes) if not name.strip()]
     if blank:
         raise ValueError(f"class {blank[0]} of {origin} (counted from 0) has an empty name; give every class a name")
+    if duplicates == "merge":
+        return merge_classes(found)
     twice = [f"{name!r} {count} times" for name, count in Counter(classes).items() if count > 1]
-    if twice:
-        more = ", ..." if len(twice) > NAMES_SHOWN else ""
-        raise ValueError(f"{len(twice)} class names of {origin} stand there more than once ({', '.join(twice[:NAMES_SHOWN])}"
-                         f"{more}), so no text can tell their classes apart; rename them ('crane, bird'), or merge the "
-                         "classes: one name, and its number as the label of all their pictures")
+    if not twice:
+        return found, ""
+    more = ", ..." if len(twice) > NAMES_SHOWN else ""
+    which = f"{len(twice)} class names of {origin} stand there more than once ({', '.join(twice[:NAMES_SHOWN])}{more})"
+    if duplicates == "keep":
+        return found, f"{which}: of each only the first is ever guessed, as in published results"
+    raise ValueError(f"{which}, so no text can tell their classes apart; rename them ('crane, bird'), or give "
+                     "duplicates=merge (one class of each name) or duplicates=keep (as published results do)")
 
 
 def _concept(raw: RawSample, *, numbers: Mapping[str, int], others_pass: bool = False) -> Target | None:

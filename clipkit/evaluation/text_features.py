@@ -28,8 +28,8 @@ def encode_texts(model: ImageTextModel, texts: Sequence[str], *, batch_size: int
       model: encodes the texts; left in the mode it was in.
       texts: T texts.
       batch_size: texts of full length that are encoded at once (as many tokens of shorter ones where that is exact).
-      spread: over all processes: each encodes its share, and each gets the whole. All of them must call this. The store
-        of the first is read and written.
+      spread: over all processes: each encodes its share, and each gets the whole, the bits that one process would get.
+        All of them must call this. The store of the first is read and written.
       store: where features are kept.
       progress: called after each batch.
 
@@ -111,34 +111,40 @@ def stored_class_weights(store: EmbeddingStore, key: str, prompts: Sequence[Sequ
 
 def _encode_distinct(model: ImageTextModel, texts: list[str], batch_size: int, spread: bool,
                      progress: Progress | None) -> Tensor:
-    """Encode this process's contiguous share of the texts, and gather all. (T, D)"""
+    """Encode this process's batches of the texts, and gather all. (T, D)"""
     rank, world_size = ranks_of(spread)
-    share = -(-len(texts) // world_size)
-    mine = texts[rank * share:(rank + 1) * share]
     # In this order batches are a function of the set of texts; in that of the caller the last bits would hang on it too.
-    order = sorted(range(len(mine)), key=mine.__getitem__)
-    parts, rows_of_parts, done = [], [torch.empty(0, dtype=torch.int64)], 0
+    order = torch.tensor(sorted(range(len(texts)), key=texts.__getitem__), dtype=torch.int64)  # (T,)
+    rows, parts, done = [torch.empty(0, dtype=torch.int64)], [], 0
     with evaluation_mode(model):
-        for rows, features in _text_batches(model, [mine[row] for row in order], batch_size):
+        for places, features in _text_batches(model, [texts[row] for row in order.tolist()], batch_size, rank, world_size):
             parts.append(F.normalize(features.float(), dim=-1))  # (b, D)
-            rows_of_parts.append(rows)
-            done += len(rows)
+            rows.append(order[places])  # (b,)
+            done += len(places)
             if progress is not None:
-                progress(done, len(mine))
-    features = torch.empty(0, 0, device=model.device)
-    if parts:
-        places = torch.tensor(order)[torch.cat(rows_of_parts)]  # (mine,) of each encoded row among this share's texts
-        features = torch.cat(parts)[places.argsort().to(model.device)]
-    return gather_rows(features) if spread else features
+                progress(min(done * world_size, len(texts)), len(texts))
+    features = torch.cat(parts or [torch.empty(0, 0, device=model.device)])  # (this process's, D)
+    row_of = torch.cat(rows).to(model.device)
+    if spread:
+        features, row_of = gather_rows(features), gather_rows(row_of)
+    return features[row_of.argsort()]
 
 
-def _text_batches(model: ImageTextModel, texts: list[str], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (rows (b,) of the texts, their features (b, D), not normalised), each row once."""
+def _text_batches(model: ImageTextModel, texts: list[str], batch_size: int, rank: int,
+                  world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (places (b,) of texts, their features (b, D), not normalised), all that fall to this process.
+
+    The batches are the same for any number of processes: each takes whole ones, or all those of a length.
+    """
     if not texts:
         return
     tokens = model.tokenize(texts)  # (T, L)
     if model.trims_text:
-        yield from encode_by_length(model.towers, tokens, batch_size=batch_size, device=model.device)
+        lengths, counts = (tokens.argmax(dim=-1) + 1).unique(return_counts=True)  # (number of lengths,), as the towers cut
+        own = lengths[(lengths * counts).argsort(descending=True, stable=True)][rank::world_size]  # the dearest first
+        places = torch.isin(tokens.argmax(dim=-1) + 1, own).nonzero()[:, 0]
+        for rows, features in encode_by_length(model.towers, tokens[places], batch_size=batch_size, device=model.device):
+            yield places[rows], features
         return
-    for rows in torch.arange(len(texts)).split(batch_size):
+    for rows in torch.arange(len(texts)).split(batch_size)[rank::world_size]:
         yield rows, model.towers.encode_text(tokens[rows].to(model.device))

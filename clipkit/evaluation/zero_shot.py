@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from clipkit.evaluation.classification import accuracies, classification_numbers, prediction_columns, score_classes
-from clipkit.evaluation.classifier import class_weights
+from clipkit.evaluation.classifier import encode_prompts
 from clipkit.evaluation.encode import EncodedTask, encode_task
-from clipkit.evaluation.feature_rows import Progress
-from clipkit.evaluation.outcome import Outcome, join
+from clipkit.evaluation.feature_rows import Progress, exact_fp32
+from clipkit.evaluation.lazy_model import logit_scale_of
+from clipkit.evaluation.outcome import Outcome, join, named_table
 from clipkit.evaluation.probes import PROBES, ProbeSettings
 from clipkit.evaluation.results import Result
 from clipkit.evaluation.retrieval import rank_targets, recall_at
 from clipkit.evaluation.statistics import clustered_interval, median_interval
 from clipkit.evaluation.store import EmbeddingStore
 from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, Task, empty_classes, load_task
-from clipkit.evaluation.text_features import encode_texts
+from clipkit.evaluation.template_effects import has_templates, template_effects
+from clipkit.evaluation.text_features import average_prompts, encode_texts
 from clipkit.model.image_text import ImageTextModel
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: 
     return [result for task in loaded for result in measure(model, task, batch_size=batch_size, thorough=False).results]
 
 
+@exact_fp32()
 def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch_size: int = 256, thorough: bool = True,
             store: EmbeddingStore | None = None, workers: int = 0, progress: Progress | None = None,
-            probe: ProbeSettings | None = None) -> Outcome:
+            probe: ProbeSettings | None = None, with_templates: bool = False) -> Outcome:
     """Measure a model on one task.
 
     Args:
@@ -67,6 +70,7 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
       workers: processes that read pictures.
       progress: called after each batch of pictures.
       probe: of linear_probe and few_shot; None = the defaults.
+      with_templates: measure each template of zero-shot classification too.
 
     Raises:
       ValueError: the kind does not fit the task, it has no image that can be used, or features are not finite.
@@ -85,11 +89,13 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
     if kind == RETRIEVAL:
         return _retrieval(task, encoded, embed, thorough)
     ask = _classification if kind == CLASSIFICATION else _multi_label
-    logit_scale = model.towers.logit_scale.detach().float().exp().item()
+    logit_scale = logit_scale_of(model)
     outcomes = []
     for rule, prompts in task.prompts.items():
-        weight = class_weights(model, prompts, batch_size=batch_size, spread=True, store=store)  # (C, D)
-        outcomes.append(ask(task, encoded, rule, weight, logit_scale, thorough))
+        texts, features = encode_prompts(model, prompts, batch_size=batch_size, spread=True, store=store)  # (T, D)
+        outcomes.append(ask(task, encoded, rule, average_prompts(features, texts, prompts), logit_scale, thorough))
+        if with_templates and kind == CLASSIFICATION:
+            outcomes.append(_templates(task, encoded, rule, texts, features))
     empty = empty_classes(task, encoded.label_sets)
     return join([*outcomes, Outcome([], None, (empty,) if empty else ())])
 
@@ -105,9 +111,19 @@ def _classification(task: Task, encoded: EncodedTask, rule: str, weight: Tensor,
     return Outcome([result(*number) for number in numbers], _about(predictions, task, rule, "", encoded.keys))
 
 
+def _templates(task: Task, encoded: EncodedTask, rule: str, texts: Sequence[str], features: Tensor) -> Outcome:
+    prompts = task.prompts[rule]
+    if not has_templates(prompts):
+        return Outcome([], None, (f"prompts {rule!r} of {task.name} have no two templates that all classes share: there is "
+                                  "none to leave out",))
+    effects = template_effects(encoded.image_features, encoded.labels, features, texts, prompts, task.classes)
+    return Outcome([], None, (), {"templates": named_table(effects, task=task.name, kind=task.kind, prompts=rule)})
+
+
 def _multi_label(task: Task, encoded: EncodedTask, rule: str, weight: Tensor, logit_scale: float, thorough: bool) -> Outcome:
     """Rank images for each class. The softmax is at scale 100, as in the paper's figures."""
     import numpy as np
+    from pandas import DataFrame
 
     from clipkit.evaluation.multi_label import multi_label_scores
 
@@ -123,7 +139,9 @@ def _multi_label(task: Task, encoded: EncodedTask, rule: str, weight: Tensor, lo
         numbers.append(result("mean_average_precision_11_points", voc.mean_average_precision, voc.ci_low, voc.ci_high))
         numbers += [result(name, value, None, None) for name, value in
                     (("macro_auroc", scores.macro_auroc), ("micro_auroc", scores.micro_auroc))]
-    return Outcome(numbers, None)
+    classes = DataFrame({"class": list(task.classes), "num_positive": targets.sum(axis=0),
+                         "average_precision": scores.average_precision, "auroc": scores.auroc})
+    return Outcome(numbers, None, (), {"classes": named_table(classes, task=task.name, kind=task.kind, prompts=rule)})
 
 
 def _retrieval(task: Task, encoded: EncodedTask, embed: Any, thorough: bool) -> Outcome:

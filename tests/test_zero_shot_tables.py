@@ -1,0 +1,90 @@
+"""What `clipkit zero-shot` leaves beside single numbers: templates, the choice of lambda, draws, and classes, each as CSV."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from clipkit.commands.zero_shot import zero_shot
+from clipkit.config.zero_shot import ZeroShotConfig
+from clipkit.model.folder import save_model_folder
+from tests.conftest import command_settings
+from tests.test_report import Page
+
+COLOURS = {"black": (5, 5, 5), "green": (30, 180, 40), "red": (220, 30, 30)}
+
+
+@pytest.fixture
+def measured(tiny_model, tmp_path: Path):
+    """Run the command on squares of three colours, 6 of each in train and 5 in test; returns the folder of results."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 5)):
+        for name, colour in COLOURS.items():
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(np.array(colour) + rng.integers(-60, 60, (16, 16, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{number}.png")
+    save_model_folder(tiny_model, tmp_path / "model")
+
+    def run(*arguments: str) -> Path:
+        places = {"model": "model", "cache_dir": "cache", "out": "out"}
+        zero_shot(command_settings("zero-shot", ZeroShotConfig,
+                                   *(f"{key}={tmp_path / place}" for key, place in places.items()), *arguments))
+        return tmp_path / "out"
+
+    return run
+
+
+def test_templates_and_probes_leave_tables_that_agree_with_the_results(measured, tmp_path: Path, capsys) -> None:
+    out = measured(f"task={tmp_path / 'set'}", "kind=[zeroshot_classification,linear_probe,few_shot]", "shots=[1,2]",
+                   "templates=[a {} square, {}, no {}, plain]", "template_effects=true", "features=[projected,trunk]")
+    results = pd.read_csv(out / "results.csv")
+    whole = results[(results["metric"] == "acc1") & (results["prompts"] == "3 templates given")]["value"].item()
+    plain = results[(results["metric"] == "acc1") & (results["prompts"] == "plain")]["value"].item()
+    templates = pd.read_csv(out / "templates.csv").set_index("template")
+    assert set(templates.index) == {"a {} square", "{}", "no {}"} and (templates["acc1_whole"] == whole).all()
+    assert templates.loc["{}", "acc1_alone"] == plain
+    assert "'plain' of" in capsys.readouterr().out  # a single text has no effect that could be told from the whole
+    lambdas = pd.read_csv(out / "lambdas.csv")
+    chosen = lambdas[lambdas["chosen"]].set_index("prompts")["regularisation"]
+    told = results[results["metric"] == "lp_lambda"].set_index("prompts")["value"]
+    pd.testing.assert_series_equal(chosen, told, check_names=False)
+    best = lambdas.groupby("prompts")["validation_accuracy"].max()
+    assert (lambdas[lambdas["chosen"]].set_index("prompts")["validation_accuracy"] == best).all()
+    draws = pd.read_csv(out / "draws.csv")
+    means = draws.groupby("shots")["accuracy"].mean()
+    assert {k: results[results["metric"] == f"fewshot_k{k}_acc1"]["value"].item() for k in (1, 2)} == pytest.approx(dict(means))
+    text = Page((out / "report.html").read_text()).text
+    for title in ("What each template does", "The choice of lambda", "labelled pictures a class"):
+        assert title in text
+
+
+def test_a_multi_label_task_leaves_its_classes(measured, tmp_path: Path, capsys) -> None:
+    rows = [["image", "label"]]
+    for name in COLOURS:
+        rows += [[f"set/test/{name}/{number}.png", name] for number in range(5)]
+    rows += [["set/test/red/0.png", "black"]]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(row) for row in rows))
+    from clipkit.evaluation.outcome import join
+    from clipkit.evaluation.tasks import load_task
+    from clipkit.evaluation.zero_shot import measure
+    from clipkit.model.folder import load_model
+
+    measured(f"task={tmp_path / 'set'}", "kind=linear_probe", "template_effects=true", "report=false")
+    assert "template_effects is about zeroshot_classification" in capsys.readouterr().out
+    task = load_task(str(tmp_path / "t.csv"), templates="plain", kind="zeroshot_multilabel")
+    found = join([measure(load_model(tmp_path / "model"), task)])
+    table, mean = found.tables["classes"], found.results[0]
+    assert table["num_positive"].tolist() == [6, 5, 5] and table["class"].tolist() == list(COLOURS)
+    assert mean.value == pytest.approx(table["average_precision"].mean())
+    assert torch.tensor(table["auroc"]).mean().item() == pytest.approx(
+        next(one.value for one in found.results if one.metric == "macro_auroc"))
+
+
+def test_tables_are_of_the_last_call(measured, tmp_path: Path) -> None:
+    call = (f"task={tmp_path / 'set'}", "templates=[a {}, no {}]", "report=false")
+    assert (measured(*call, "template_effects=true") / "templates.csv").is_file()
+    assert not (measured(*call) / "templates.csv").exists()
