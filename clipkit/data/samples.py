@@ -56,9 +56,9 @@ def make_example(raw: RawSample, *, image_size: int, config: "AugmentConfig", rn
             raise SampleError("no image", "no .jpg, .png, .webp, ... member")
         fields = _parse_json(raw.json)
         caption = choose_caption(raw.text, fields, caption_fields, caption_weights, rng)
-        group_id = _group_id(group_by, caption, fields)
+        group = group_id(group_by, caption, fields)
         pixels = decode_image(raw.image, max_pixels=max_pixels, fast_size=2 * image_size if fast_decode else None)
-        return Example(augment(pixels, image_size=image_size, config=config, rng=rng), caption, group_id)
+        return Example(augment(pixels, image_size=image_size, config=config, rng=rng), caption, group)
     except (SampleError, DecodeError) as error:
         return BadSample(error.cause, raw.url, raw.key, error.detail)
 
@@ -118,7 +118,7 @@ def _parse_json(data: bytes | None) -> dict[str, Any]:
     return fields
 
 
-def _group_id(group_by: str, caption: str, fields: dict[str, Any]) -> int:
+def group_id(group_by: str, caption: str, fields: dict[str, Any]) -> int:
     if group_by == "none":
         return 0
     if group_by != "caption" and fields.get(group_by) is None:

@@ -20,7 +20,7 @@ from clipkit.config import PretrainConfig, identity, parse
 from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.lanes import default_lanes
 from clipkit.data.loader import TrainLoader, make_train_loader
-from clipkit.data.samples import _group_id
+from clipkit.data.samples import group_id
 from clipkit.data.shards import count_samples
 from clipkit.data.sources import find_sources
 from clipkit.evaluation.feature_rows import evaluation_mode
@@ -128,7 +128,7 @@ def train(config: PretrainConfig) -> Classifier:
                                beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
     seed_all(config.seed + 1)  # as in the run: dropout
     loader, plan = make_loader(config, model)
-    class_of = {_group_id("concept", "", {"concept": concept}): number for number, concept in enumerate(train_concepts())}
+    class_of = {group_id("concept", "", {"concept": concept}): number for number, concept in enumerate(train_concepts())}
     loss, skipped = torch.zeros(()), torch.zeros((), device=device)
     model.train()
     with closing(loader), closing(LiveLine(sys.stdout)) as line:
