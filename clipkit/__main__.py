@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": ("clipkit.commands.compare", "tell whether two models differ by more than chance"),
     "embed": ("clipkit.commands.embed", "write the embeddings of pictures and captions as arrays"),
     "shards": ("clipkit.commands.shards", "write shards from folders and tables, or check them"),
+    "diffusion": ("clipkit.commands.diffusion", "train an autoencoder for latent diffusion"),
     "export": ("clipkit.commands.export", "hand the text encoder, or the whole model, to other libraries"),
 }
 

@@ -91,7 +91,7 @@ def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
         return
     arguments = words[words.index("clipkit") + 1:]
-    command = "/".join([arguments.pop(0), arguments.pop(0)]) if arguments[0] == "shards" else arguments.pop(0)
+    command = "/".join([arguments.pop(0), arguments.pop(0)]) if arguments[0] in ("shards", "diffusion") else arguments.pop(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["clipkit"])
     composed = compose(command, arguments)
@@ -99,8 +99,10 @@ def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
 
 
 def compose(command: str, arguments: list[str]) -> list:
-    from clipkit.commands.pretrain import IMPLIED
+    from clipkit.commands import pretrain
+    from clipkit.commands.diffusion import autoencoder
     from clipkit.config import PretrainConfig
+    from clipkit.config.diffusion.autoencoder import AutoencoderConfig
     from clipkit.config.export import ExportConfig
     from clipkit.config.launch import launch
     from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
@@ -108,10 +110,11 @@ def compose(command: str, arguments: list[str]) -> list:
 
     schema = {"pretrain": PretrainConfig, "shards/write": ShardsWriteConfig, "shards/check": ShardsCheckConfig,
               "zero-shot": ZeroShotConfig, "compare": CompareConfig, "embed": EmbedConfig,
-              "export": ExportConfig}[command]
+              "export": ExportConfig, "diffusion/autoencoder": AutoencoderConfig}[command]
+    implied = {"pretrain": pretrain.IMPLIED, "diffusion/autoencoder": autoencoder.IMPLIED}
     found: list = []
     try:
-        launch(command, schema, lambda config: found.append(config), arguments, IMPLIED if command == "pretrain" else None)
+        launch(command, schema, lambda config: found.append(config), arguments, implied.get(command))
     finally:
         GlobalHydra.instance().clear()
     return found

@@ -219,13 +219,11 @@ def make_parallel(config: PretrainConfig, process: Any, model: Any) -> Any:
     """Wrap the model for several processes (DDP averages gradients) and compile it, as asked."""
     import torch
 
-    parallel = model
-    if process.world_size > 1:
-        on_gpu = process.device.type == "cuda"
-        if on_gpu and config.parallel.sync_batch_norm:
-            model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)
-        parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=[process.local_rank] if on_gpu else None)
-    return torch.compile(parallel) if config.train.compile else parallel
+    from clipkit.training import parallel
+
+    if process.world_size > 1 and process.device.type == "cuda" and config.parallel.sync_batch_norm:
+        model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)
+    return parallel.make_parallel(model, process, compile=config.train.compile)
 
 
 def device_batches(t: Training) -> Iterator[Any]:

@@ -3,7 +3,8 @@
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,16 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
          "grid.linewidth": 0.6, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4, "figure.dpi": 130}
 Series = tuple[list[float], list[float]]  # steps, values
+Panel = Callable[["Axes", Sequence[dict[str, Any]]], None]  # draws records into axes
 
 
-def plot_curves(run_dir: Path | str, out: Path | str | None = None) -> Path:
-    """Draw loss, in-batch accuracy, learning rate, logit scale and evaluation metrics of a run.
+def plot_curves(run_dir: Path | str, out: Path | str | None = None, *, panels: Sequence[Panel] | None = None) -> Path:
+    """Draw the curves of a run in six panels.
 
     Args:
       run_dir: The run folder, with metrics.jsonl.
       out: The PNG; curves.png in the run folder if None. Replaced as a whole.
+      panels: Six; None = a CLIP's: loss, in-batch accuracy, evaluation, learning rate, logit scale, throughput.
 
     Returns:
       The PNG's path.
@@ -38,9 +41,9 @@ def plot_curves(run_dir: Path | str, out: Path | str | None = None) -> Path:
     records = read_metrics(run_dir / "metrics.jsonl")
     with _style():
         figure = _new_figure(11, 6.2)
-        panels = figure.subplots(2, 3).flatten()
-        for axes, draw in zip(panels, (_draw_loss, _draw_in_batch_accuracy, _draw_evaluation, _draw_learning_rate,
-                                       _draw_logit_scale, _draw_throughput), strict=True):
+        chosen = panels or (_draw_loss, _draw_in_batch_accuracy, _draw_evaluation, _draw_learning_rate, _draw_logit_scale,
+                            _draw_throughput)
+        for axes, draw in zip(figure.subplots(2, 3).flatten(), chosen, strict=True):
             draw(axes, records)
             _finish(axes)
         figure.suptitle(run_dir.resolve().name, x=0.012, ha="left", fontweight="bold", fontsize=12)
@@ -89,6 +92,11 @@ def overlay(paths: Sequence[Path | str], labels: Sequence[str], out: Path | str,
         return _save(figure, Path(out))
 
 
+def metric_panel(title: str, *names: str) -> Panel:
+    """A panel of training metrics by their names in metrics.jsonl."""
+    return partial(_draw_metrics, title=title, names=names)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; a last line that is still being written is left out.
 
@@ -123,6 +131,13 @@ def _draw_loss(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
         axes.axhline(chance, color="#555555", linestyle=":", linewidth=1)
         axes.annotate("guessing: log(global batch)", (1, chance), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=8, color="#555555")
+
+
+def _draw_metrics(axes: "Axes", records: Sequence[dict[str, Any]], *, title: str, names: Sequence[str]) -> None:
+    axes.set_title(title)
+    for index, name in enumerate(names):
+        _plot_smooth(axes, *series(records, name), COLOURS[index % len(COLOURS)], name if len(names) > 1 else None)
+    _from_zero(axes)
 
 
 def _draw_in_batch_accuracy(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:

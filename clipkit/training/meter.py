@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,34 +33,40 @@ class Meter:
         self.losses: list[Tensor] = []
         self.grad_norms: list[Tensor] = []
         self.skips: list[Tensor] = []
+        self.terms: list[Mapping[str, Tensor]] = []
 
-    def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Take in one step: scalars on the device; `skipped` is 1 or 0."""
+    def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor, terms: Mapping[str, Tensor] | None = None) -> None:
+        """Take in one step: scalars on the device; `skipped` is 1 or 0; `terms` are parts of the loss, by name."""
         self.losses.append(loss.detach())
         self.grad_norms.append(grad_norm.detach())
         self.skips.append(skipped)
+        if terms:
+            self.terms.append(terms)
         self.in_a_row = (self.in_a_row + 1) * skipped
         self.longest = torch.maximum(self.longest, self.in_a_row)
 
-    def take(self, done: int, *, lr: float, features: Features, bad: dict[str, int]) -> dict[str, Any]:
+    def take(self, done: int, *, lr: float, bad: dict[str, int], features: Features | None = None) -> dict[str, Any]:
         """Return the metrics since the last call, means over steps and processes, and begin anew.
 
         Args:
           done: Steps done.
           lr: Learning rate of the last step.
-          features: Of the last step.
           bad: This process's bad samples by cause, since the run began.
+          features: Of the last step, where the model is a CLIP.
 
         Raises:
           TrainingDivergedError: more steps in a row than allowed were skipped.
         """
-        accuracy = in_batch_accuracy(features.image_features, features.text_features)
+        named = {name: torch.stack([step[name] for step in self.terms]).mean() for name in (self.terms or [{}])[0]}
+        if features:
+            names = ("in_batch_accuracy_image_to_text", "in_batch_accuracy_text_to_image")
+            named |= zip(names, in_batch_accuracy(features.image_features, features.text_features), strict=True)
         finite = torch.stack(self.losses).nan_to_num(nan=math.inf, posinf=math.inf)
-        values = torch.stack([finite.mean(), torch.stack(self.grad_norms).mean(), *accuracy,
-                              torch.stack(self.skips).sum(), self.longest])
-        loss, grad_norm, image_accuracy, text_accuracy, skipped, longest = mean_over_processes(values).tolist()
+        values = torch.stack([finite.mean(), torch.stack(self.grad_norms).mean(), torch.stack(self.skips).sum(), self.longest,
+                              *named.values()])
+        loss, grad_norm, skipped, longest, *means = mean_over_processes(values).tolist()
         self.skipped += round(skipped)
-        self.losses, self.grad_norms, self.skips, self.longest = [], [], [], self.in_a_row.clone()
+        self.losses, self.grad_norms, self.skips, self.terms, self.longest = [], [], [], [], self.in_a_row.clone()
         if longest >= self.max_skipped_steps:
             raise TrainingDivergedError(f"the loss or its gradient was not finite in {round(longest)} steps in a row "
                                         f"(train.max_skipped_steps), up to step {done}; lower optim.lr, set "
@@ -67,10 +74,10 @@ class Meter:
         samples = done * self.global_batch_size
         metrics = {
             "samples_seen": samples, "epoch": samples / self.num_samples if self.num_samples else None, "loss": loss,
-            "loss_minus_log_batch": loss - math.log(self.global_batch_size),
-            "in_batch_accuracy_image_to_text": image_accuracy,
-            "in_batch_accuracy_text_to_image": text_accuracy, "lr": lr,
-            "logit_scale": features.logit_scale.item(), "grad_norm": grad_norm, "skipped_steps": self.skipped,
+            "loss_minus_log_batch": loss - math.log(self.global_batch_size) if features else None,
+            **dict(zip(named, means, strict=True)), "lr": lr,
+            "logit_scale": features.logit_scale.item() if features else None, "grad_norm": grad_norm,
+            "skipped_steps": self.skipped,
             "peak_memory_gb": peak_memory_gb(self.device),
             "bad": dict(sum(map(Counter, gather_objects(bad)), Counter())) if world_size() > 1 else bad,
         }

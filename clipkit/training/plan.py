@@ -41,19 +41,29 @@ def summary(model: ImageTextModel, plan: Plan, cost: StepCost, *, train: TrainCo
             shards: Sequence[Sequence[str]], world_size: int, device: str, workers: int) -> str:
     """Describe a run before its first step: model, data, schedule, expected memory and time."""
     counts = parameter_counts(model)
-    num_shards = sum(map(len, shards))
-    found = f"{plan.num_samples:,} samples" if plan.num_samples else "samples not counted"
-    epochs = f", {plan.total_steps * plan.global_batch_size / plan.num_samples:.1f} epochs" if plan.num_samples else ""
-    processes = f"{world_size} processes" if world_size > 1 else "one process"
-    time_text = f", about {duration_text(cost.seconds * plan.total_steps)}" if cost.seconds else ""
     lines = [
         f"model     {counts['image'] / 1e6:.2f} M image + {counts['text'] / 1e6:.2f} M text parameters, "
         f"{counts['learning'] / 1e6:.2f} M learn; {model.image_size} px, {model.tokenize.context_length} tokens",
-        f"data      {num_shards} shards, {found}, {plan.lanes} lanes, {workers} loader workers a process",
-        f"schedule  {plan.total_steps:,} steps of {plan.global_batch_size:,} pairs{epochs}; lr {lr:g}, {schedule.name}, "
-        f"{plan.warmup_steps:,} steps of warm-up",
-        f"hardware  {processes} on {device}, {train.precision}; expects {cost.memory_gb:.2f} GB a process{time_text}",
+        *run_lines(plan, cost, unit="pairs", train=train, schedule=schedule, lr=lr, shards=shards, world_size=world_size,
+                   device=device, workers=workers),
     ]
     if has_batch_statistics(model):
         lines.append("note      the model has BatchNorm: its statistics are those of one process's rows")
     return "\n".join(lines)
+
+
+def run_lines(plan: Plan, cost: StepCost | None, *, unit: str, train: TrainConfig, schedule: ScheduleConfig, lr: float,
+              shards: Sequence[Sequence[str]], world_size: int, device: str, workers: int) -> list[str]:
+    """Describe data, schedule and hardware of a run of any model; `unit` is what a batch consists of ("pairs")."""
+    num_shards = sum(map(len, shards))
+    found = f"{plan.num_samples:,} samples" if plan.num_samples else "samples not counted"
+    epochs = f", {plan.total_steps * plan.global_batch_size / plan.num_samples:.1f} epochs" if plan.num_samples else ""
+    processes = f"{world_size} processes" if world_size > 1 else "one process"
+    memory = f"; expects {cost.memory_gb:.2f} GB a process" if cost else ""
+    time_text = f", about {duration_text(cost.seconds * plan.total_steps)}" if cost and cost.seconds else ""
+    return [
+        f"data      {num_shards} shards, {found}, {plan.lanes} lanes, {workers} loader workers a process",
+        f"schedule  {plan.total_steps:,} steps of {plan.global_batch_size:,} {unit}{epochs}; lr {lr:g}, {schedule.name}, "
+        f"{plan.warmup_steps:,} steps of warm-up",
+        f"hardware  {processes} on {device}, {train.precision}{memory}{time_text}",
+    ]

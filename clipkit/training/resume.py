@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from clipkit.data.loader import TrainLoader, merge_states
 from clipkit.model.folder import save_model_folder
@@ -55,33 +56,46 @@ def check_shards(saved: Checkpoint, shards: Sequence[str]) -> None:
                          "others now; give the same shards, or another name")
 
 
-def save_run(run_dir: Path, step: int, *, model: ImageTextModel, optimizer: torch.optim.Optimizer,
+def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer,
              average: WeightAverage | None, loader: TrainLoader, shards: Sequence[str], process: Process, keep: int,
              keep_every_steps: int | None) -> None:
-    """Write a checkpoint, renew the model folder's weights, drop old checkpoints. All ranks call it, rank 0 writes."""
+    """Write a checkpoint, renew a CLIP's model folder, drop old checkpoints. All ranks call it, rank 0 writes.
+
+    Arguments as in `take_up`.
+    """
     random_states = gather_objects(get_random_state(process.device))
     position = merge_states(gather_objects(loader.state()))
     if process.is_main:
-        save_checkpoint(run_dir, step=step, model_state=model.towers.state_dict(), optimizer=optimizer,
-                        parameter_names=parameter_names(optimizer, model.towers),
+        module = saved_module(model)
+        save_checkpoint(run_dir, step=step, model_state=module.state_dict(), optimizer=optimizer,
+                        parameter_names=parameter_names(optimizer, module),
                         ema_state=average.weights if average else None,
                         state={"loader": position, "shards": [Path(shard).name for shard in shards]},
                         random_states=random_states)
-        save_model_folder(model, run_dir / "model", average.weights if average else None)
+        if isinstance(model, ImageTextModel):
+            save_model_folder(model, run_dir / "model", average.weights if average else None)
         prune_checkpoints(run_dir, keep, keep_every_steps)
     wait_for_all()
 
 
-def take_up(saved: Checkpoint, *, model: ImageTextModel, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
+def take_up(saved: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
             process: Process) -> None:
     """Put a checkpoint back. On another number of ranks the random states (dropout) begin anew from the step.
+
+    Args:
+      saved: As `open_run` gives it.
+      model: An ImageTextModel, or a module with all that learns.
+      optimizer: Over the model's parameters.
+      average: Of the model or of a part of it.
+      process: This one.
 
     Raises:
       ValueError: the checkpoint is of another model or optimizer; the line names the first difference.
     """
-    restore_model(model.towers, saved.model)
+    module = saved_module(model)
+    restore_model(module, saved.model)
     assert saved.optimizer is not None
-    restore_optimizer(optimizer, parameter_names(optimizer, model.towers), saved.optimizer)
+    restore_optimizer(optimizer, parameter_names(optimizer, module), saved.optimizer)
     if average:
         for name, tensor in (saved.ema or {}).items():
             average.weights[name].copy_(tensor)
@@ -89,3 +103,8 @@ def take_up(saved: Checkpoint, *, model: ImageTextModel, optimizer: torch.optim.
         set_random_state(saved.random_states[process.rank], process.device)
     else:
         torch.manual_seed(saved.step * process.world_size + process.rank)
+
+
+def saved_module(model: nn.Module) -> nn.Module:
+    """The module whose weights a checkpoint holds: of a CLIP the towers, under open_clip's names."""
+    return model.towers if isinstance(model, ImageTextModel) else model

@@ -26,8 +26,12 @@ class Watch:
         self.chance_loss = chance_loss  # of a model that knows nothing; None: not judged
         self.losses: list[float] = []
 
-    def look(self, done: int, metrics: Mapping[str, Any], features: Features, batch: Batch) -> dict[str, Any]:
-        """Return the metrics with samples_per_second and data_wait_fraction added; warn at most once of each trouble."""
+    def look(self, done: int, metrics: Mapping[str, Any], features: Features | None = None,
+             batch: Batch | None = None) -> dict[str, Any]:
+        """Return the metrics with samples_per_second and data_wait_fraction added; warn at most once of each trouble.
+
+        `features` and `batch` are needed where a loss is judged by its chance.
+        """
         rates = self.timer.take((done - self.seen) * self.plan.global_batch_size)
         self.seen = done
         self.losses.append(metrics["loss"])
@@ -35,6 +39,7 @@ class Watch:
             self._warn(loader_bottleneck(rates.data_wait_fraction, samples_per_second=rates.samples_per_second,
                                          workers=self.workers, cores=self.cores, decode=self.decode), "loader")
         if self.chance_loss is not None and "loss" not in self.log.told:
+            assert features is not None and batch is not None
             self._warn(flat_loss(self.losses, chance_loss=self.chance_loss, step=done, total_steps=self.plan.total_steps,
                                  warmup_steps=self.plan.warmup_steps, learning_rate=self.lr,
                                  image_features=features.image_features.detach(),

@@ -1,0 +1,1 @@
+"""Settings of the `clipkit diffusion` commands, a file each."""

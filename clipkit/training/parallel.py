@@ -1,0 +1,17 @@
+"""A module as it is called in training: wrapped for several processes, or compiled. Its weights stay where they are."""
+
+from typing import Any
+
+from torch import compile as compile_module
+from torch import nn
+
+from clipkit.training.distributed import Process
+
+
+def make_parallel(module: nn.Module, process: Process, *, compile: bool) -> Any:
+    """Wrap a module so that its gradients are averaged over the processes (DDP), and compile it, as asked."""
+    parallel = module
+    if process.world_size > 1:
+        device_ids = [process.local_rank] if process.device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+    return compile_module(parallel) if compile else parallel
