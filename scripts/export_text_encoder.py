@@ -6,14 +6,21 @@ Expected, for the default run: 8 files, 59 MB, greatest difference to the tower 
 the hidden states, (2, 32, 256), and of the text features, (2, 256), from transformers alone. Under 30 s after imports.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import clipkit
+from clipkit.config.launch import one_line_errors
 
 
-def main(source: str = "runs/emoji", folder: str | None = None) -> None:
-    out = clipkit.export_text_encoder(source, folder or Path(source) / "export" / "text_encoder", overwrite=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="runs/emoji", help="a run, or what clipkit.load_model takes")
+    parser.add_argument("folder", nargs="?", type=Path, help="default: export/text_encoder in the source")
+    options = parser.parse_args()
+    with one_line_errors():
+        out = clipkit.export_text_encoder(options.source, options.folder or Path(options.source) / "export" / "text_encoder",
+                                          overwrite=True)
     print(f"written        {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
     # From here on nothing is clipkit's.
@@ -29,4 +36,4 @@ def main(source: str = "runs/emoji", folder: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
