@@ -122,3 +122,27 @@ def server(tmp_path):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
+
+
+@pytest.fixture
+def small_siglip_trunk(monkeypatch):
+    """timm's SigLIP towers are large: let it know a small one of the same kind."""
+    import timm.models._registry as registry
+
+    from clipkit.interop.from_transformers import SIGLIP_TRUNKS
+    from tests.test_import import vit_test_patch8_siglip_32
+
+    monkeypatch.setitem(registry._model_entrypoints, "vit_test_patch8_siglip_32", vit_test_patch8_siglip_32)
+    monkeypatch.setitem(SIGLIP_TRUNKS, (32, 2, 2, 64, 8), ("vit_test_patch8_siglip", (32,)))
+
+
+@pytest.fixture
+def quick_format(monkeypatch):
+    """The export format text_encoder writes one small file."""
+    from clipkit.interop.export import FORMATS
+
+    def write(model, folder, config):
+        (folder / "layer").write_text(config.layer)
+        return {"greatest_differences": {}}
+
+    monkeypatch.setitem(FORMATS, "text_encoder", write)

@@ -7,23 +7,12 @@ from pathlib import Path
 import pytest
 
 import clipkit
-from clipkit.interop.export import FORMATS
 from tests.test_export import make_model
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-@pytest.fixture
-def quick_format(monkeypatch):
-    """The format text_encoder writes one small file."""
-    def write(model, folder, config):
-        (folder / "layer").write_text(config.layer)
-        return {"greatest_differences": {}}
-
-    monkeypatch.setitem(FORMATS, "text_encoder", write)
 
 
 def test_what_is_there_is_kept_unless_it_is_an_export_that_may_be_replaced(model, tmp_path, quick_format):

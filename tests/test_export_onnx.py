@@ -15,7 +15,7 @@ from clipkit.interop.onnx_file import compare_with_onnx, write_onnx
 from clipkit.model.build import build_model
 from clipkit.model.folder import load_model
 from tests.conftest import TINY, command_settings
-from tests.test_import import randomise, small_siglip_trunk, write_siglip  # noqa: F401
+from tests.test_import import randomise, write_siglip
 
 TEXTS = ["", "a red square!", "word " * 40]
 INPUTS = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 4), (1, 4), (7, 4))]
@@ -144,7 +144,7 @@ def test_onnx_runtime_gives_the_features_of_every_kind_of_tower(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_siglip_keeps_its_text_length(tmp_path, small_siglip_trunk):  # noqa: F811
+def test_a_siglip_keeps_its_text_length(tmp_path, small_siglip_trunk):
     write_siglip(tmp_path / "theirs")
     (tmp_path / "out").mkdir()
     model = load_model(tmp_path / "theirs")

@@ -11,7 +11,7 @@ from clipkit.interop.self_check import TEXTS
 from clipkit.model.folder import load_model, save_model_folder
 from clipkit.model.image_text import stack_images
 from tests.test_export import make_model, settings
-from tests.test_import import small_siglip_trunk, write_clip, write_siglip  # noqa: F401
+from tests.test_import import write_clip, write_siglip
 
 
 def test_a_transformers_clip_becomes_a_model_folder(tmp_path):
@@ -42,7 +42,7 @@ def test_clip_to_transformers_text_and_back_keeps_every_bit(tmp_path):
     assert again.keys() == weights.keys() and all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
-def test_an_activation_that_open_clip_does_not_read_is_told(tmp_path, small_siglip_trunk, capsys):  # noqa: F811
+def test_an_activation_that_open_clip_does_not_read_is_told(tmp_path, small_siglip_trunk, capsys):
     write_siglip(tmp_path / "siglip")
     export(settings(f"model={tmp_path / 'siglip'}", "format=open_clip", f"out={tmp_path / 'model'}"))
     assert "note      open_clip does not read vision_cfg.act_kwargs" in capsys.readouterr().out

@@ -13,7 +13,6 @@ from clipkit.interop import provenance
 from clipkit.interop.to_transformers_text import activation_name, layer_norm_eps, refuse_text_cfg, refuse_tokenizer
 from clipkit.model.folder import save_model_folder
 from tests.test_export import make_model, settings
-from tests.test_export_folder import quick_format  # noqa: F401
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -136,7 +135,7 @@ def test_versions_that_were_not_tried_are_named(versions, lines, monkeypatch):
     assert len(found) == len(lines) and all(one.startswith(line) for one, line in zip(found, lines, strict=True))
 
 
-def test_random_weights_are_mentioned(tmp_path, capsys, monkeypatch, quick_format):  # noqa: F811
+def test_random_weights_are_mentioned(tmp_path, capsys, monkeypatch, quick_format):
     monkeypatch.setattr("clipkit.model.folder.load_model", lambda source, pretrained: make_model())
     export(settings("model=ViT-B-32", f"out={tmp_path / 'te'}"))
     assert "note      ViT-B-32 without pretrained=... has random weights" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from clipkit.model.build import build_model
 from clipkit.model.folder import load_model
 from clipkit.model.image_text import stack_images
 from tests.conftest import TINY, command_settings
-from tests.test_import import randomise, small_siglip_trunk, write_siglip  # noqa: F401
+from tests.test_import import randomise, write_siglip
 
 VISION, TEXT = TINY["vision_cfg"], TINY["text_cfg"]
 ODD = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}, "mlp_ratio": 2.3}
@@ -76,7 +76,7 @@ def test_a_clip_model_gives_the_features_and_logits_of_the_model(kind, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["squash", "shortest"])
-def test_a_siglip_goes_out_and_comes_back(mode, tmp_path, small_siglip_trunk):  # noqa: F811
+def test_a_siglip_goes_out_and_comes_back(mode, tmp_path, small_siglip_trunk):
     from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
     write_siglip(tmp_path / "theirs")
@@ -101,7 +101,7 @@ def test_a_siglip_goes_out_and_comes_back(mode, tmp_path, small_siglip_trunk):  
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_the_two_directions_of_the_names_are_inverse(kind, tmp_path, small_siglip_trunk):  # noqa: F811
+def test_the_two_directions_of_the_names_are_inverse(kind, tmp_path, small_siglip_trunk):
     if kind == "siglip":
         write_siglip(tmp_path)
     model = load_model(tmp_path) if kind == "siglip" else make_model()
@@ -156,7 +156,7 @@ def test_preprocessing_without_counterpart_is_refused_by_its_field(field, value)
     ("vision_cfg", "timm_proj", "linear"), ("vision_cfg", "timm_pool", "avg"), ("text_cfg", "no_causal_mask", False),
     ("text_cfg", "pool_type", "argmax"), ("text_cfg", "proj_bias", False), ("text_cfg", "hf_tokenizer_name", None),
     ("text_cfg", "hf_model_name", "roberta-base"), ("text_cfg", "kind", "cbow")])
-def test_a_siglip_without_counterpart_is_refused_by_its_field(part, field, value, tmp_path, small_siglip_trunk):  # noqa: F811
+def test_a_siglip_without_counterpart_is_refused_by_its_field(part, field, value, tmp_path, small_siglip_trunk):
     write_siglip(tmp_path)
     model = load_model(tmp_path)
     model.config["model_cfg"][part][field] = value
@@ -164,7 +164,7 @@ def test_a_siglip_without_counterpart_is_refused_by_its_field(part, field, value
         siglip_configs(model.towers, model.config["model_cfg"])
 
 
-def test_a_siglip_without_bias_or_with_quick_gelu_is_refused(tmp_path, small_siglip_trunk):  # noqa: F811
+def test_a_siglip_without_bias_or_with_quick_gelu_is_refused(tmp_path, small_siglip_trunk):
     from open_clip.transformer import QuickGELU
 
     write_siglip(tmp_path)

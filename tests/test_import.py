@@ -83,15 +83,6 @@ def vit_test_patch8_siglip_32(num_classes, global_pool, **_):
                              num_classes=num_classes, global_pool=global_pool)
 
 
-@pytest.fixture
-def small_siglip_trunk(monkeypatch):
-    """timm's SigLIP towers are large: let it know a small one of the same kind."""
-    import timm.models._registry as registry
-
-    monkeypatch.setitem(registry._model_entrypoints, "vit_test_patch8_siglip_32", vit_test_patch8_siglip_32)
-    monkeypatch.setitem(SIGLIP_TRUNKS, (32, 2, 2, 64, 8), ("vit_test_patch8_siglip", (32,)))
-
-
 def write_siglip(folder: Path, image_size: int = 32, act: str = "gelu_pytorch_tanh"):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel

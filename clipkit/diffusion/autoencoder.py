@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipkit.diffusion.discriminator import PatchDiscriminator
 from clipkit.diffusion.perceptual import make_perceptual
-from clipkit.training.atomic_files import fsync_file, fsync_folder, one_line_os_error, remove_quietly
+from clipkit.interop.whole_folder import whole_folder
 from clipkit.training.random_state import seed_all
 
 if TYPE_CHECKING:
@@ -163,21 +163,10 @@ def save_autoencoder(autoencoder: "AutoencoderKL", folder: Path, *, scaling_fact
     Raises:
       OSError: it cannot be written; one line.
     """
-    unfinished = folder.with_name(f".tmp-{folder.name}")
     plain = copy.deepcopy(autoencoder).to("cpu", memory_format=torch.contiguous_format)  # pyright: ignore
     plain.register_to_config(scaling_factor=scaling_factor)
-    try:
-        remove_quietly(unfinished)
+    with whole_folder(folder, overwrite=False) as unfinished:
         plain.save_pretrained(unfinished, safe_serialization=True)
-        for path in unfinished.iterdir():
-            fsync_file(path)
-        unfinished.rename(folder)
-        fsync_folder(folder.parent)
-    except Exception as error:
-        remove_quietly(unfinished)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise one_line_os_error(error, folder) from error
-        raise
 
 
 def load_autoencoder(source: str | Path, *, device: str | torch.device = "cpu") -> "AutoencoderKL":

@@ -59,19 +59,11 @@ def train_autoencoder(config: AutoencoderConfig) -> int | None:
       FileNotFoundError: there are no such shards, or no such model for the perceptual distance.
     """
     print(f"clipkit diffusion autoencoder: {Path(config.runs_dir) / (config.name or DEFAULT_NAME)} (loading)", flush=True)
-    import torch
-
-    from clipkit.training.allocator import keep_freed_memory
-    from clipkit.training.distributed import start_process, stop_process
+    from clipkit.training.process import training_process
     from clipkit.training.stop import EXIT_STOPPED
 
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    process = start_process(config.device, config.parallel.timeout_seconds)
-    if process.device.type == "cpu":
-        keep_freed_memory()
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(stop_process)
+    with training_process(config.device, timeout_seconds=config.parallel.timeout_seconds,
+                          threads=config.train.threads) as process, contextlib.ExitStack() as cleanup:
         training, start = prepare(config, process, cleanup)
         if train(training, start) == EXIT_STOPPED:
             return EXIT_STOPPED
