@@ -34,7 +34,7 @@ from clipkit.evaluation.measured_models import run_step
 from clipkit.evaluation.reference import main_values
 from clipkit.evaluation.results import Provenance, Result, read_results, results_table, write_results
 from clipkit.evaluation.store import EmbeddingStore
-from clipkit.evaluation.suites import TABLE, load_suite, read_suite, suite_table, summarise
+from clipkit.evaluation.suites import TABLE, open_suite, read_suite, suite_table, summarise
 from clipkit.evaluation.tasks import Task, load_task
 from clipkit.training.atomic_files import write_text_atomically
 
@@ -73,8 +73,11 @@ def main() -> int:
     try:
         suite = read_suite(options.suite) if options.suite else None
         models = [as_model(text) for text in options.models]
-        tasks = load_suite(suite, cache_dir=settings.cache_dir) if suite else [
-            load_task(name, cache_dir=settings.cache_dir) for name in options.tasks]
+        missing: dict[str, str] = {}
+        if suite:
+            suite, tasks, missing = open_suite(suite, cache_dir=settings.cache_dir)
+        else:
+            tasks = [load_task(name, cache_dir=settings.cache_dir) for name in options.tasks]
         rows = []
         for model in models:
             results = measure_model(model, tasks, settings)
@@ -84,7 +87,9 @@ def main() -> int:
         print(f"zero_shot_suite: {error}", file=sys.stderr)
         return 2
     print(f"written   {settings.out / 'leaderboard.csv'}")
-    return 0
+    for name, reason in missing.items():
+        print(f"zero_shot_suite: {name} was left out: {reason}", file=sys.stderr)
+    return 2 if missing else 0
 
 
 def as_model(text: str) -> Model:

@@ -191,8 +191,8 @@ def test_few_shots_give_means_over_draws_that_rise_with_k() -> None:
     assert (one.ci_low, one.ci_high) == (max(low, 0), min(high, 1))
     assert (one.short_classes, one.num_without_validation) == ((4,), 1)  # class 4 has no image
     drawn, _ = draw_shots(train[1], 8, fingerprint="toy", seed=1)
-    assert eight.regularisations[1] < 100  # scikit-learn's own bias does not converge at the strongest
-    expected = scikit_learns((train[0][drawn], train[1][drawn]), eight.regularisations[1])
+    assert eight.chosen[1]["regularisation"] < 100  # scikit-learn's own bias does not converge at the strongest
+    expected = scikit_learns((train[0][drawn], train[1][drawn]), eight.chosen[1]["regularisation"])
     assert eight.accuracies[1] == pytest.approx(expected.score(test[0].double().numpy(), test[1].numpy()), abs=0.004)
 
 

@@ -12,7 +12,7 @@ from clipkit.config.schema import SettingsError, parse
 from clipkit.config.suite import SuiteConfig
 from clipkit.config.zero_shot import ZeroShotConfig
 from clipkit.evaluation.results import Result
-from clipkit.evaluation.suites import load_suite, measured_tasks, read_suite, suite_table, summarise
+from clipkit.evaluation.suites import measured_tasks, open_suite, read_suite, suite_table, summarise
 from clipkit.evaluation.tasks import Task
 from tests.conftest import TINY, command_settings
 from tests.hub_server import HubServer
@@ -106,7 +106,7 @@ def test_a_suite_that_contradicts_itself_is_refused(tasks, message):
 
 
 def test_what_does_not_go_with_a_suite_is_refused(tmp_path):
-    for name in ("task", "templates", "images", "split", "duplicates"):
+    for name in ("task", "templates", "images", "split", "group", "duplicates"):
         with pytest.raises(SettingsError, match=f"suite=retrieval says itself what is measured and how; leave {name} out"):
             command_settings("zero-shot", ZeroShotConfig, "suite=retrieval", f"{name}=keep")
     with pytest.raises(SettingsError, match="suite=nowhere: no such choice; choose one of datacomp38"):
@@ -118,7 +118,7 @@ def test_what_does_not_go_with_a_suite_is_refused(tmp_path):
         read_suite(tmp_path / "list.yaml")
     class_folders(tmp_path / "pets", {"cat": 2, "hen": 1})
     with pytest.raises(ValueError, match=r"metric of Pets in suite mine is mean_recall@1, but .*pets is made for zeroshot_"):
-        load_suite(a_suite({"name": "Pets", "task": str(tmp_path / "pets"), "metric": "mean_recall@1"}))
+        open_suite(a_suite({"name": "Pets", "task": str(tmp_path / "pets"), "metric": "mean_recall@1"}))
 
 
 def test_a_suite_of_folders_and_a_set_on_the_hub_from_yaml_to_csv(hub: HubServer, tmp_path: Path, capsys):
@@ -159,5 +159,27 @@ def test_a_suite_of_folders_and_a_set_on_the_hub_from_yaml_to_csv(hub: HubServer
     hub.requests.clear()
     assert run("offline=true", "report=false")["suite", "average_3_of_4"] == average and hub.requests == []
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(FileNotFoundError, match=r"offline, and the cache .* lacks test/nshards.txt of hf://someone/wds_birds"):
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 sets could not be had: Birds: offline, and the cache .* lacks "
+                                                r"test/nshards.txt of hf://someone/wds_birds.*; give the same command again"):
         run("offline=true", "report=false")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())  # the others are measured
+    assert {row["metric"] for row in rows} >= {"acc1", "text_retrieval_recall@1", "average_2_of_4"}
+    assert "suite three without Birds: it cannot be had: offline" in capsys.readouterr().out
+
+
+def test_a_suite_goes_on_past_sets_that_cannot_be_had(tmp_path: Path):
+    class_folders(tmp_path / "pets", {"cat": 2, "hen": 1})
+    pets = {"name": "Pets", "task": str(tmp_path / "pets"), "metric": "acc1"}
+    gone = {"name": "Gone", "task": str(tmp_path / "nowhere"), "metric": "acc1"}
+    suite, tasks, missing = open_suite(a_suite(gone, pets))
+    assert [task.name for task in tasks] == [pets["task"]] and list(missing) == ["Gone"]
+    assert [one.name for one in measured_tasks(suite)] == ["Pets"]
+    left_out = suite.tasks[0].left_out
+    assert left_out is not None and left_out.startswith("it cannot be had: ") and "nowhere" in left_out
+    assert open_suite(a_suite(pets))[2] == {}
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 sets of suite mine can be had; Gone: .*nowhere"):
+        open_suite(a_suite(gone))
+    with pytest.raises(ValueError, match="metric of Pets in suite mine is mean_recall@1"):  # the suite's own fault
+        open_suite(a_suite(gone, {**pets, "metric": "mean_recall@1"}))

@@ -62,6 +62,31 @@ def test_templates_and_probes_leave_tables_that_agree_with_the_results(measured,
         assert title in text
 
 
+def test_nearest_pictures_and_tip_adapter_leave_what_was_chosen(measured, tmp_path: Path) -> None:
+    out = measured(f"task={tmp_path / 'set'}", "kind=[few_shot,tip_adapter,knn]", "shots=[1,2]", "seeds=2",
+                   "templates=[a {} square, plain]", "features=[projected,trunk]")
+    results = pd.read_csv(out / "results.csv").set_index(["kind", "prompts", "metric"])["value"]
+    neighbours = pd.read_csv(out / "neighbours.csv")
+    chosen = neighbours[neighbours["chosen"]].set_index("prompts")
+    best = neighbours.groupby("prompts")["validation_accuracy"].max()
+    predictions = pd.read_parquet(out / "predictions.parquet")
+    for rule in ("projected features", "trunk features"):
+        assert chosen.loc[rule, "neighbours"] == results["knn", rule, "knn_k"]
+        assert chosen.loc[rule, "temperature"] == results["knn", rule, "knn_temperature"]
+        assert chosen.loc[rule, "validation_accuracy"] == best[rule]
+        right = predictions.loc[predictions["prompts"] == rule, "rank"] == 0
+        assert right.mean() == results["knn", rule, "knn_acc1"] > 1 / 3
+    draws = pd.read_csv(out / "draws.csv")
+    for rule in ("a {} square", "plain"):
+        of_rule = draws[(draws["kind"] == "tip_adapter") & (draws["prompts"] == rule)]
+        means = of_rule.groupby("shots")["accuracy"].mean()
+        assert {k: results["tip_adapter", rule, f"tip_adapter_k{k}_acc1"] for k in (1, 2)} == pytest.approx(dict(means))
+        assert of_rule[["alpha", "beta"]].notna().all(axis=None) and 0 <= results["tip_adapter", rule, "zeroshot_acc1"] <= 1
+    text = Page((out / "report.html").read_text()).text
+    for title in ("The choice of k", "Nearest pictures", "Tip-Adapter", "in the cache; texts alone are right for"):
+        assert title in text
+
+
 def test_a_multi_label_task_leaves_its_classes(measured, tmp_path: Path, capsys) -> None:
     rows = [["image", "label"]]
     for name in COLOURS:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +36,7 @@ def zero_shot(config: ZeroShotConfig) -> None:
     """Measure models on tasks, or look at pictures without labels.
 
     Raises:
-      FileNotFoundError: there is no such model, task or folder.
+      FileNotFoundError: there is no such model, task or folder; or, at the end, a set of the suite could not be had.
       ValueError: a setting, the data or the model cannot be used.
     """
     print(f"clipkit zero-shot: {', '.join(config.model)} (loading)", flush=True)
@@ -58,25 +59,40 @@ def zero_shot(config: ZeroShotConfig) -> None:
         folders = results_folders(config.model, names, config.out)
         for folder in folders:
             read_results(folder)  # those of another schema stop this before any work
-        tasks, predictions = load_tasks(config), []
+        config, tasks, missing = load_tasks(shared)
+        shared, predictions = shared._replace(config=config), []
         for source, name, folder in zip(config.model, names, folders, strict=True):
             predictions.append(measure_model(shared, source, name, tasks, folder))
         if process.is_main and len(config.model) > 1:
             print_comparisons(names, predictions)
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(missing) + len(tasks)} sets could not be had: "
+                f"{'; '.join(f'{name}: {reason}' for name, reason in missing.items())}. The others are measured and written; "
+                "give the same command again when these can be had")
 
 
-def load_tasks(config: ZeroShotConfig) -> "list[Task]":
-    """Open the tasks, before any model is loaded."""
+def load_tasks(shared: Shared) -> "tuple[ZeroShotConfig, list[Task], dict[str, str]]":
+    """Open the tasks, before any model is loaded.
+
+    Returns:
+      The settings, in whose suite the sets that cannot be had are left out; the tasks; {name: reason} of those sets.
+    """
+    from clipkit.evaluation.groups import with_groups
     from clipkit.evaluation.probes import PROBES
-    from clipkit.evaluation.suites import load_suite
+    from clipkit.evaluation.suites import open_suite
     from clipkit.evaluation.tasks import EMOJI_SPLITS, load_task
 
+    config = shared.config
     if config.suite is not None:
-        return load_suite(config.suite, cache_dir=config.cache_dir)
+        suite, tasks, missing = open_suite(config.suite, cache_dir=config.cache_dir)
+        return replace(config, suite=suite), tasks, missing
     fetch_train = any(kind in PROBES for kind in config.kind or ())
-    return [load_task(name, cache_dir=config.cache_dir, split=config.split, templates=config.templates, fetch_train=fetch_train,
-                      duplicates=config.duplicates)
-            for name in config.task or EMOJI_SPLITS]
+    tasks = [load_task(name, cache_dir=config.cache_dir, split=config.split, templates=config.templates,
+                       fetch_train=fetch_train, duplicates=config.duplicates) for name in config.task or EMOJI_SPLITS]
+    if config.group is not None:
+        tasks = [with_groups(task, config.group, shared.store) for task in tasks]
+    return config, tasks, {}
 
 
 def measure_model(shared: Shared, source: str, name: str, tasks: "Sequence[Task]", folder: Path) -> "DataFrame | None":
@@ -166,11 +182,13 @@ def measure_task(shared: Shared, model: Any, task: "Task", say: Any) -> "Outcome
                         for kind in config.kind or (task.kind,)])
     result = outcome.results[0]
     bad = f", {result.n_bad:,} bad samples left out" if result.n_bad else ""
-    say(f"task      {task.name}: {result.n:,} images{bad}, {time.monotonic() - started:.1f} s")
+    asked = "questions" if task.questions else "images"
+    say(f"task      {task.name}: {result.n:,} {asked}{bad}, {time.monotonic() - started:.1f} s")
     notes = [*task.notes, *outcome.notes]
     if config.template_effects and CLASSIFICATION not in (config.kind or (task.kind,)):
         notes.append(f"template_effects is about {CLASSIFICATION}, which {task.name} is not measured in")
-    texts = list(dict.fromkeys(text for rule in task.prompts.values() for of_class in rule for text in of_class))
+    texts = list(dict.fromkeys([*(text for rule in task.prompts.values() for of_class in rule for text in of_class),
+                                *(caption for question in task.questions for caption in question.captions)]))
     num_cut = count_cut(model, texts, shared.store) if shared.process.is_main else 0
     if num_cut:
         notes.append(f"{num_cut:,} of {len(texts):,} prompts are longer than the {facts_of(model).context_length} tokens that "

@@ -6,7 +6,8 @@ from clipkit.config.schema import setting
 
 # The main metrics that a task can have, and the kind of task that gives them.
 SUITE_METRICS = {"acc1": "zeroshot_classification", "mean_per_class_recall": "zeroshot_classification",
-                 "mean_recall@1": "zeroshot_retrieval", "mean_average_precision": "zeroshot_multilabel"}
+                 "mean_recall@1": "zeroshot_retrieval", "mean_average_precision": "zeroshot_multilabel",
+                 "acc": "image_caption_selection"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from clipkit.config.schema import at_least, positive, setting
 from clipkit.config.suite import SuiteConfig
 
-KINDS = ("zeroshot_classification", "zeroshot_retrieval", "zeroshot_multilabel", "linear_probe", "few_shot")
+KINDS = ("zeroshot_classification", "zeroshot_retrieval", "zeroshot_multilabel", "image_caption_selection", "linear_probe",
+         "knn", "few_shot", "tip_adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,13 @@ class ZeroShotConfig:
                                                 "null = the task's own")
     template_effects: bool = setting("measure each template alone, and the whole without it")
     split: str | None = setting("split of a labelled set that is measured; null = test")
+    group: str | None = setting("column of a table, or field of the samples' json: accuracy in each of its groups too")
     duplicates: str | None = setting("classes of one name: keep is what published results do; null = keep in sets on the hub, "
                                      "else refuse", choices=("refuse", "keep", "merge"))
-    features: tuple[str, ...] = setting("of linear_probe: projected (compared with texts), trunk (before it), or both",
+    features: tuple[str, ...] = setting("of linear_probe and knn: projected (compared with texts), trunk (before it), or both",
                                         choices=("projected", "trunk"))
-    shots: tuple[int, ...] = setting("training images a class, of few_shot", positive)
-    seeds: int = setting("draws of the shots, of few_shot", at_least(2))
+    shots: tuple[int, ...] = setting("training images a class, of few_shot and tip_adapter", positive)
+    seeds: int = setting("draws of the shots, of few_shot and tip_adapter", at_least(2))
     out: str | None = setting("folder for the results; null = zero_shot/ in the run, or zero_shot/<model>")
     top: int = setting("pictures listed for a query, or names for a picture", positive)
     batch_size: int = setting("images encoded at once", positive)
@@ -42,7 +44,7 @@ class ZeroShotConfig:
     report: bool = setting("write report.html")
 
     def __post_init__(self) -> None:
-        ruled = [name for name in ("task", "images", "kind", "split", "templates", "duplicates")
+        ruled = [name for name in ("task", "images", "kind", "split", "templates", "group", "duplicates")
                  if getattr(self, name) is not None]
         if self.suite is not None and ruled:
             raise ValueError(f"suite={self.suite.name} says itself what is measured and how; leave {', '.join(ruled)} out")

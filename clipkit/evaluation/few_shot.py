@@ -1,7 +1,7 @@
-"""The linear probe on few labelled images a class, over several draws."""
+"""Learning from few labelled images a class, over several draws: by a linear probe, or another way of learning."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ from clipkit.evaluation.statistics import mean_interval
 
 SHOTS = (1, 2, 4, 8, 16)
 MAX_VALIDATION_SHOTS = 4  # a class; Zhou et al. 2022 (CoOp), section 4.1
+Images = tuple[Tensor, Tensor]  # features (N, D), labels (N,) int64
+# (train, validation, number of classes) -> (what was chosen on validation, a function from features (N, D) to scores (N, C))
+Learner = Callable[[Images, Images, int], tuple[Mapping[str, float], Callable[[Tensor], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,23 @@ class FewShotResult:
     ci_low: float  # 95 % t interval over the draws; the test images are the same in all of them
     ci_high: float
     accuracies: tuple[float, ...]  # of each draw
-    regularisations: tuple[float, ...]  # lambda chosen in each draw
+    chosen: tuple[Mapping[str, float], ...]  # in each draw on validation images: {"regularisation": lambda}
     n: int  # test images
     short_classes: tuple[int, ...]  # those with fewer than k training images: all of theirs are used
     num_without_validation: int  # classes with no image left to choose lambda on
 
 
-def few_shot(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, num_classes: int, fingerprint: str,
-             shots: Sequence[int] = SHOTS, num_seeds: int = 5) -> list[FewShotResult]:
-    """Fit probes on k images a class and measure them.
+def learn_probe(train: Images, validation: Images, num_classes: int) -> tuple[Mapping[str, float], Callable[[Tensor], Tensor]]:
+    """Fit a linear probe, its lambda chosen on the validation images: a Learner."""
+    regularisation, _, weights = search_regularisation(train, validation, num_classes=num_classes)
+    return {"regularisation": regularisation}, weights.logits
 
-    Lambda is chosen on min(k, 4) further training images a class, which have no part in the fit.
+
+def few_shot(train: Images, test: Images, *, num_classes: int, fingerprint: str, shots: Sequence[int] = SHOTS,
+             num_seeds: int = 5, learn: Learner = learn_probe) -> list[FewShotResult]:
+    """Learn from k images a class, and measure what was learned.
+
+    What is to be chosen (lambda) is chosen on min(k, 4) further training images a class, which have no part in the fit.
 
     Args:
       train: features (N, D) and labels (N,) int64.
@@ -43,6 +52,7 @@ def few_shot(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, num_c
       fingerprint: of the data: with k and the draw's number it decides which images are drawn, whatever the model.
       shots: each k.
       num_seeds: draws for each k, at least 2.
+      learn: how to learn. Which images are drawn does not hang on it.
 
     Returns:
       One result for each k.
@@ -56,7 +66,12 @@ def few_shot(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, num_c
         raise ValueError(f"shots is {list(shots)}; give numbers of images a class, each at least 1")
     if not test[0].isfinite().all():
         raise ValueError("test features hold NaN or infinity; the model cannot be measured: look at its weights and inputs")
-    return [_few_shot(train, test, num_classes, fingerprint, k, num_seeds) for k in shots]
+    most = int(torch.bincount(train[1], minlength=num_classes).max())
+    too_many = [k for k in shots if k >= most]
+    if too_many:
+        raise ValueError(f"no class has more than {most} training images; {too_many[0]} shots and one to choose by need "
+                         f"{too_many[0] + 1}: leave out {', '.join(map(str, too_many))} shots")
+    return [_few_shot(train, test, num_classes, fingerprint, k, num_seeds, learn) for k in shots]
 
 
 def draw_shots(labels: Tensor, k: int, *, fingerprint: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -82,21 +97,17 @@ def draw_shots(labels: Tensor, k: int, *, fingerprint: str, seed: int) -> tuple[
     return torch.from_numpy(np.sort(np.concatenate(drawn))), torch.from_numpy(np.sort(np.concatenate(held_out)))
 
 
-def _few_shot(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, fingerprint: str, k: int,
-              num_seeds: int) -> FewShotResult:
+def _few_shot(train: Images, test: Images, num_classes: int, fingerprint: str, k: int, num_seeds: int,
+              learn: Learner) -> FewShotResult:
     counts = torch.bincount(train[1], minlength=num_classes)  # (C,)
-    if not (counts > k).any():
-        raise ValueError(f"no class has more than {int(counts.max())} training images; {k} shots and one to choose lambda on "
-                         f"need {k + 1}: leave out {k} shots")
-    accuracies, regularisations = [], []
+    accuracies, chosen = [], []
     for seed in range(num_seeds):
         parts = [(train[0][images], train[1][images])
                  for images in draw_shots(train[1], k, fingerprint=fingerprint, seed=seed)]
-        regularisation, _, weights = search_regularisation(parts[0], parts[1], num_classes=num_classes)
-        guesses = weights.logits(test[0]).argmax(dim=1)  # (N test,)
+        choice, score = learn(parts[0], parts[1], num_classes)
+        guesses = score(test[0]).argmax(dim=1)  # (N test,)
         accuracies.append((guesses == test[1]).double().mean().item())
-        regularisations.append(regularisation)
+        chosen.append(choice)
     low, high = mean_interval(accuracies)
-    return FewShotResult(k, float(np.mean(accuracies)), max(low, 0.0), min(high, 1.0), tuple(accuracies),
-                         tuple(regularisations), len(test[1]), tuple(torch.nonzero(counts < k).flatten().tolist()),
-                         int((counts <= k).sum()))
+    return FewShotResult(k, float(np.mean(accuracies)), max(low, 0.0), min(high, 1.0), tuple(accuracies), tuple(chosen),
+                         len(test[1]), tuple(torch.nonzero(counts < k).flatten().tolist()), int((counts <= k).sum()))

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 from PIL import Image
@@ -18,11 +19,13 @@ from clipkit.data.samples import SampleError
 from clipkit.data.shards import count_samples
 from clipkit.data.tables import Record, SourceError, read_captions, read_picture
 from clipkit.data.tars import IMAGE_SUFFIXES, BadSample, RawSample, is_local, read_numbered
+from clipkit.evaluation.sample_fields import json_fields
 from clipkit.evaluation.sample_keys import printable
 
 CLASSIFICATION = "zeroshot_classification"
 RETRIEVAL = "zeroshot_retrieval"
 MULTI_LABEL = "zeroshot_multilabel"
+CHOICE = "image_caption_selection"  # CLIP_benchmark's name
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 REMOTE_FACTS = ("size", "ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime")  # as backends name them
 
@@ -84,6 +87,10 @@ class ImageSet(Protocol):
         """How many samples there are, good and bad; None where only reading them would tell."""
         ...
 
+    def fields(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """What is known of each sample beside its label: (key, its json or the other columns of its row)."""
+        ...
+
 
 class Target(NamedTuple):
     """What is right for one picture."""
@@ -122,6 +129,15 @@ class ShardImages:
 
     def count(self) -> int | None:
         return count_samples(self.shards)
+
+    def fields(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for shard_number, url in enumerate(self.shards):
+            for number, raw in read_numbered(url):
+                if isinstance(raw, BadSample) and number < 0 and not is_local(url):  # what is found may be kept for good
+                    raise OSError(f"{url} cannot be read now ({raw.detail}); try again")
+                if isinstance(raw, RawSample):
+                    with suppress(SampleError):
+                        yield self._key(shard_number, raw), json_fields(raw)
 
     @cached_property
     def _shard_names(self) -> list[str]:
@@ -179,6 +195,19 @@ class FileImages:
     def count(self) -> int | None:
         return self.num_pictures
 
+    def fields(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for picture in self.pictures:
+            yield picture.key, picture.record.fields
+
+
+class Question(NamedTuple):
+    """Pictures and the captions to choose from: caption i is that of picture i, the others are of none."""
+
+    images: tuple[str, ...]  # keys: one picture, or two that are told apart
+    captions: tuple[str, ...]  # at least 2
+    fields: Mapping[str, Any] = {}  # the other columns of its row
+    problem: str = ""  # a cause for which it cannot be asked
+
 
 class OpenedSet(NamedTuple):
     """What was found at a place: all of a task but its prompts."""
@@ -191,6 +220,7 @@ class OpenedSet(NamedTuple):
     train: ImageSet | None = None  # its labelled train split
     source_of_classes: str = ""  # for messages
     commit: str = ""  # of a set on the hub
+    questions: tuple[Question, ...] = ()  # of a set of choices
 
 
 def pictures_in(folder: str | Path) -> FileImages:

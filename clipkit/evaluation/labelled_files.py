@@ -84,8 +84,6 @@ def open_table(path: Path, kind: str | None = None) -> OpenedSet:
       FileNotFoundError: there is no such table.
       ValueError: its columns or its labels cannot be told, or a picture has several labels and kind is None.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no table at {path} (that is {path.absolute()})")
     column, kind = _target_column(path, kind)
     source = open_source(path, caption_column=column)
     if kind == RETRIEVAL:
@@ -108,11 +106,7 @@ class TablePictures:
         return map(self._picture, open_source(self.path, caption_column=self.column).records)
 
     def _picture(self, record: Record) -> Picture:
-        key = record.name
-        if isinstance(record.image, Path):
-            key = os.path.relpath(record.image, self.path.parent)
-        elif isinstance(record.image, str):
-            key = record.image
+        key = picture_key(record, self.path.parent)
         if self.kind == RETRIEVAL:
             return Picture(key, record._replace(problem=record.problem or ("" if record.caption else "no caption")))
         labels = tuple(self.numbers[text] for text in label_texts(record))
@@ -128,6 +122,13 @@ class TablePictures:
             raise ValueError(f"{self.path}: {key} has {len(labels)} labels ({', '.join(names[n] for n in labels)}); leave "
                              f"it one, or give kind={MULTI_LABEL}")
         return Picture(key, record, labels[0] if len(labels) == 1 else -1, labels)
+
+
+def picture_key(record: Record, folder: Path) -> str:
+    """The key of a table's picture: its path below the folder, its URL, or the number of its row."""
+    if isinstance(record.image, Path):
+        return os.path.relpath(record.image, folder)
+    return record.image if isinstance(record.image, str) else record.name
 
 
 def label_texts(record: Record) -> list[str]:
@@ -195,7 +196,7 @@ def _table_classes(path: Path, column: str, source: Source) -> tuple[tuple[str, 
 
 def _target_column(path: Path, kind: str | None) -> tuple[str, str]:
     """The column of labels or of captions, and the kind of task that it makes."""
-    columns = _columns(path)
+    columns = table_columns(path)
     by_name = {column.strip().lower(): column for column in reversed(columns)}
     label = next((by_name[name] for name in LABEL_COLUMNS if name in by_name), None)
     caption = next((by_name[name] for name in CAPTION_COLUMNS if name in by_name), None)
@@ -209,7 +210,15 @@ def _target_column(path: Path, kind: str | None) -> tuple[str, str]:
     return column, kind
 
 
-def _columns(path: Path) -> list[str]:
+def table_columns(path: Path) -> list[str]:
+    """Read the names of a table's columns.
+
+    Raises:
+      FileNotFoundError: there is no such table.
+      ValueError: it cannot be read.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no table at {path} (that is {path.absolute()})")
     if path.suffix.lower() == ".parquet":
         return list(_parquet_schema(path).names)
     separator = sniff_separator(path)

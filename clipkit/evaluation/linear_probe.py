@@ -66,9 +66,9 @@ def linear_probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, n
 
     Source: Radford et al. 2021, appendix A.3.
     """
-    _check("test", *test, num_classes)
+    check_images("test", *test, num_classes)
     if validation is None:
-        _check("train", *train, num_classes)
+        check_images("train", *train, num_classes)
         kept, taken = stratified_split(train[1], VALIDATION_SHARE)
         fitted, validation = (train[0][kept], train[1][kept]), (train[0][taken], train[1][taken])
     else:
@@ -89,7 +89,7 @@ def search_regularisation(train: tuple[Tensor, Tensor], validation: tuple[Tensor
     Returns:
       The lambda, the (lambda, accuracy) of each that was tried, rising, and the weights fitted on train with the best.
     """
-    _check("validation", *validation, num_classes)
+    check_images("validation", *validation, num_classes)
     problem = ProbeProblem(*train, num_classes)
     fits: dict[int, ProbeWeights] = {}
     accuracy: dict[int, float] = {}
@@ -143,7 +143,7 @@ class ProbeProblem:
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
-        _check("train", features, labels, num_classes)
+        check_images("train", features, labels, num_classes)
         self.num_classes = num_classes
         self.present, self.labels = labels.unique(return_inverse=True)  # (C present,), (N,)
         if len(self.present) < 2:
@@ -234,7 +234,8 @@ class ProbeProblem:
         return loss / len(self.labels), gradient / len(self.labels)
 
 
-def _check(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
+def check_images(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raise a ValueError where labelled features cannot be used: features (N, D), labels (N,)."""
     if features.ndim != 2 or len(features) != len(labels) or len(labels) == 0:
         raise ValueError(f"{name} has features {tuple(features.shape)} and {len(labels)} labels; give at least one row of "
                          "features, and a label for each")

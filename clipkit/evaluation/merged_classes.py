@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from clipkit.data.tars import BadSample
 from clipkit.evaluation.image_sets import ALL, ImageSet, OpenedSet, Share, TaskSample
@@ -29,6 +30,9 @@ class MergedImages:
 
     def count(self) -> int | None:
         return self.images.count()
+
+    def fields(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return self.images.fields()
 
     def _renumber(self, sample: TaskSample) -> TaskSample:
         labels = tuple(sorted({self.numbers[label] for label in sample.labels}))

@@ -11,7 +11,7 @@ from clipkit.training.atomic_files import write_text_atomically
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TABLES = ("templates", "classes", "lambdas", "draws", "suite")  # the names that tables go by
+TABLES = ("templates", "classes", "lambdas", "neighbours", "draws", "suite")  # the names that tables go by
 
 
 class Outcome(NamedTuple):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipkit.evaluation.results import hit_metric
 from clipkit.evaluation.statistics import difference_interval
 
 if TYPE_CHECKING:
@@ -134,8 +135,7 @@ def _compare(rows: "DataFrame", k: int, seed: int, num_resamples: int) -> dict[s
     differences = np.bincount(image, weights=won.astype(int) - lost.astype(int)).round().astype(int)  # (images,)
     low, high = difference_interval(differences, sizes, seed=seed, num_resamples=num_resamples)
     task = {column: str(rows[column].iloc[0]) for column in TASK_COLUMNS}
-    direction = task["direction"]
-    return {**task, "metric": f"{direction}_recall@{k}" if direction else f"acc{k}", "n": len(rows),
+    return {**task, "metric": hit_metric(task["kind"], task["direction"], k), "n": len(rows),
             "num_images": len(sizes), "value_a": float(hits_a.mean()), "value_b": float(hits_b.mean()),
             "difference": float(differences.sum() / len(rows)), "ci_low": low, "ci_high": high,
             "only_a": int(lost.sum()), "only_b": int(won.sum()), "p_value": exact_p_value(differences)}

@@ -45,7 +45,7 @@ def predict(model: ImageTextModel, task: str | Task, *, num_images: int = 40, nu
         names, answers = list(task.classes), [sample.labels for sample in samples]
         weight = class_weights(model, task.prompts[prompts or next(iter(task.prompts))], batch_size=batch_size)  # (C, D)
     else:
-        candidates = list(islice(good, MAX_CANDIDATES))
+        candidates = [sample for sample in islice(good, MAX_CANDIDATES) if sample.captions]  # a choice's stand elsewhere
         samples, names = candidates[:num_images], [sample.captions[0] for sample in candidates]
         answers = [(number,) for number in range(len(samples))]
         weight = encode_texts(model, names, batch_size=batch_size)  # (C, D)

@@ -1,4 +1,4 @@
-"""A live line that counts pictures while they are encoded."""
+"""A live line that counts pictures, or other units, while they are encoded."""
 
 import sys
 from types import TracebackType
@@ -10,8 +10,8 @@ from clipkit.training.live_line import LiveLine
 class ProgressLine:
     """`with ProgressLine("task x: ", is_main) as line: encode_task(..., progress=line.show)`; one process shows it."""
 
-    def __init__(self, prefix: str, is_main: bool) -> None:
-        self.prefix, self.line = prefix, LiveLine(sys.stdout) if is_main else None
+    def __init__(self, prefix: str, is_main: bool, *, unit: str = "images") -> None:
+        self.prefix, self.unit, self.line = prefix, unit, LiveLine(sys.stdout) if is_main else None
 
     def __enter__(self) -> Self:
         return self
@@ -21,6 +21,6 @@ class ProgressLine:
             self.line.close()
 
     def show(self, done: int, total: int | None) -> None:
-        """Show that so many of the pictures are done; total None = not known."""
+        """Show that so many are done; total None = not known."""
         if self.line:
-            self.line.update(f"{self.prefix}{done:,}{f' of {total:,}' if total else ''} images")
+            self.line.update(f"{self.prefix}{done:,}{f' of {total:,}' if total else ''} {self.unit}")

@@ -4,23 +4,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipkit.evaluation.report_choices import choices_section
+from clipkit.evaluation.report_groups import groups_section
 from clipkit.evaluation.report_multi_label import multi_label_section
 from clipkit.evaluation.report_numbers import Answer, ShownTask, Thumbnails, read_answers
 from clipkit.evaluation.report_page import breakable, counted, escape, facts, name, page
-from clipkit.evaluation.report_probes import few_shot_section, linear_probe_section
+from clipkit.evaluation.report_probes import few_shot_section, knn_section, linear_probe_section, tip_adapter_section
 from clipkit.evaluation.report_sections import classification_section, retrieval_section
 from clipkit.evaluation.report_table import kind_title, results_tables
 from clipkit.evaluation.results import Provenance, Result
-from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
+from clipkit.evaluation.tasks import CHOICE, CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipkit.training.atomic_files import write_text_atomically
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 SECTIONS = {CLASSIFICATION: classification_section, RETRIEVAL: retrieval_section, MULTI_LABEL: multi_label_section,
-            "linear_probe": linear_probe_section, "few_shot": few_shot_section}
-SHOWN_TABLES = ("templates", "classes", "lambdas", "draws")  # what a report shows of `Outcome.tables`
-WITH_ANSWERS = (CLASSIFICATION, RETRIEVAL, "linear_probe")  # kinds whose sections need predictions
+            CHOICE: choices_section, "linear_probe": linear_probe_section, "knn": knn_section, "few_shot": few_shot_section,
+            "tip_adapter": tip_adapter_section}
+SHOWN_TABLES = ("templates", "classes", "lambdas", "neighbours", "draws")  # what a report shows of `Outcome.tables`
+WITH_ANSWERS = (CLASSIFICATION, RETRIEVAL, CHOICE, "linear_probe", "knn")  # kinds whose sections need predictions
 PREDICTION_COLUMNS = ("task", "kind", "prompts", *(field for field in Answer._fields if field not in Answer._field_defaults))
 Prompts = Mapping[str, Mapping[str, Sequence[Sequence[str]]]]  # task -> prompt rule -> texts of each class
 
@@ -128,4 +131,4 @@ def _section(number: int, shown: ShownTask, thumbnails: Thumbnails) -> str:
              f"prompts \u201c{name(shown.rules[0])}\u201d{others}" if shown.rules[0] and by_texts else ""]
     line = " \u00b7 ".join(part for part in about if part)
     return (f'<section id="task-{number}"><h2>{breakable(shown.task)}</h2><p class="soft">{line}</p>'
-            f"{SECTIONS[shown.kind](shown, thumbnails)}</section>")
+            f"{SECTIONS[shown.kind](shown, thumbnails)}{groups_section(shown)}</section>")

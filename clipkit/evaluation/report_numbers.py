@@ -29,6 +29,7 @@ class Answer(NamedTuple):
     probability_100: float = math.nan
     nll: float = math.nan
     nll_100: float = math.nan
+    margin: float = math.nan  # of a choice: cosine of the right answer less that of the best wrong one
 
     @property
     def right(self) -> bool:

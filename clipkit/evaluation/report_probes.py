@@ -1,7 +1,8 @@
-"""The parts of a report on probes: the choice of lambda, and what labelled pictures are worth beside texts."""
+"""The parts of a report on learning from labels: what was chosen, and what labelled pictures are worth beside texts."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 from clipkit.evaluation.report_figures import Curve, curves_figure
 from clipkit.evaluation.report_numbers import ShownTask, Thumbnails, surest_first, worst_confusions
@@ -11,20 +12,38 @@ from clipkit.evaluation.results import Result
 from clipkit.evaluation.tasks import CLASSIFICATION
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SHOTS_METRIC = re.compile(r"(?:fewshot|tip_adapter)_k(\d+)_acc1")
 POWERS = range(-6, 7, 2)  # of ten, below the curve of lambda
 
 
 def linear_probe_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
     """Show how well a classifier learned from labels does, how its regularisation was chosen, and what it confuses."""
+    figure = _choice(shown, "lambdas", "regularisation", title="lambda", scale=math.log10, metric="lp_acc1",
+                     ticks=[(power, f"10{str(power).translate(SUPERSCRIPTS)}") for power in POWERS],
+                     each="a classifier", of_equals="the strongest regularisation")
+    return _learned(shown, thumbnails, "Learned from the labelled pictures of the train split", figure)
+
+
+def knn_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
+    """Show how well the nearest labelled pictures do, how their number was chosen, and what they confuse."""
+    tried = shown.tables.get("neighbours")
+    ticks = [] if tried is None else [(math.log2(k), str(k)) for k in sorted(set(tried["neighbours"]))]
+    figure = _choice(shown, "neighbours", "neighbours", title="k", scale=math.log2, metric="knn_acc1", ticks=ticks,
+                     each="a number of pictures that vote, at the temperature that was chosen", of_equals="the largest k")
+    return _learned(shown, thumbnails, "Named by a vote of the nearest labelled pictures of the train split", figure)
+
+
+def _learned(shown: ShownTask, thumbnails: Thumbnails, how: str, figure: str) -> str:
+    """One classifier that learned from labels: how well it does, what was chosen, what it confuses."""
     answers = surest_first(shown.answers)
     num_right = sum(answer.right for answer in answers)
     confusions = worst_confusions(answers, NUM_CONFUSIONS)
     pictures = thumbnails(shown.task, list(dict.fromkeys(key for one in confusions for key in (one.key, one.guess_key) if key)))
     return "\n".join((
-        f'<p class="lead">Learned from the labelled pictures of the train split, on {name(shown.rules[0])}: right for '
-        f"{num_right:,} of {counted(len(answers), 'picture', 'pictures')} ({percent(num_right / len(answers))})."
+        f'<p class="lead">{how}, on {name(shown.rules[0])}: right for {num_right:,} of '
+        f"{counted(len(answers), 'picture', 'pictures')} ({percent(num_right / len(answers))})."
         f"{_zero_shot_sentence(shown.results)}</p>",
-        _lambda_curve(shown),
+        figure,
         "<h3>Worst confusions</h3>", confusion_cards(confusions, pictures),
     ))
 
@@ -32,45 +51,80 @@ def linear_probe_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
 def few_shot_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
     """Show how accuracy grows with labelled pictures, and how many of them the class texts are worth."""
     del thumbnails  # several classifiers, none of which is shown by itself
-    draws = shown.tables["draws"]
-    found = {int(result.metric.removeprefix("fewshot_k").removesuffix("_acc1")): result for result in shown.results
-             if result.kind == shown.kind}
-    by_shots = sorted(found.items())
-    curve = Curve("few-shot", [(math.log2(k), one.value) for k, one in by_shots],
-                  [(one.value if one.ci_low is None else one.ci_low, one.value if one.ci_high is None else one.ci_high)
-                   for _, one in by_shots],
-                  [(math.log2(row["shots"]), row["accuracy"]) for row in draws.to_dict("records")])
-    levels = [(title, one.value) for title, one in (("zero-shot", _zero_shot(shown.results)), (
+    by_shots, zero_shot = _by_shots(shown.results, shown.kind, shown.rules[0]), _zero_shot(shown.results)
+    levels = [(title, one.value) for title, one in (("zero-shot", zero_shot), (
         "linear probe, all labels", _result(shown.results, "linear_probe", "lp_acc1"))) if one]
-    figure = curves_figure([curve], title="Accuracy over labelled pictures a class", levels=levels,
-                           axis="labelled pictures a class", ticks=[(math.log2(k), str(k)) for k, _ in by_shots])
-    num_draws = max((int(row["draw"]) + 1 for row in draws.to_dict("records")), default=0)
-    return (f'<p class="lead">{_worth(by_shots, _zero_shot(shown.results))}</p>'
-            f'<div class="columns"><figure>{figure}</figure><div><p class="soft">A linear classifier learns from k pictures of '
-            f"each class; the same is done with {counted(num_draws, 'draw', 'draws')} of them. Large dots are the means, small "
-            "ones the draws, lines the 95% t intervals over draws. Lambda is chosen on up to 4 further training pictures a "
+    return _draws(shown, _worth(by_shots, zero_shot), [_draws_curve(shown, "few-shot", by_shots)], levels,
+                  "A linear classifier learns from k pictures of each class", "Lambda is")
+
+
+def tip_adapter_section(shown: ShownTask, thumbnails: Thumbnails) -> str:
+    """Show what a cache of a few labelled pictures adds to the class texts, beside learning from the same pictures."""
+    del thumbnails
+    rule = shown.rules[0]
+    by_shots, zero_shot = _by_shots(shown.results, shown.kind, rule), _result(shown.results, shown.kind, "zeroshot_acc1", rule)
+    learned = _by_shots(shown.results, "few_shot")
+    curves = [_draws_curve(shown, "Tip-Adapter", by_shots)]
+    curves += [Curve("linear probe", [(math.log2(k), one.value) for k, one in learned])] if learned else []
+    last, best = by_shots[-1]
+    lead = f"Texts (\u201c{name(rule)}\u201d) and {_pictures(last, best)} in the cache"
+    levels = [("zero-shot", zero_shot.value)] if zero_shot else []
+    return _draws(shown, f"{lead}; texts alone are right for {percent(zero_shot.value)}." if zero_shot else f"{lead}.", curves,
+                  levels, "The k pictures of each class add to the score of their class the more, the nearer they are",
+                  "The weights of nearness and of the cache are")
+
+
+def _draws(shown: ShownTask, lead: str, curves: Sequence[Curve], levels: Sequence[tuple[str, float]], how: str,
+           chosen: str) -> str:
+    """Accuracy over labelled pictures a class."""
+    ticks = [(x, str(round(2**x))) for x, _ in curves[0].points]
+    figure = curves_figure(curves, title="Accuracy over labelled pictures a class", levels=levels, ticks=ticks,
+                           axis="labelled pictures a class")
+    num_draws = max(shown.tables["draws"]["draw"].tolist()) + 1
+    return (f'<p class="lead">{lead}</p>'
+            f'<div class="columns"><figure>{figure}</figure><div><p class="soft">{how}; the same is done with '
+            f"{counted(num_draws, 'draw', 'draws')} of them. Large dots are the means, small "
+            f"ones the draws, lines the 95% t intervals over draws. {chosen} chosen on up to 4 further training pictures a "
             "class; the pictures that are measured have no part in it.</p></div></div>")
 
 
-def _lambda_curve(shown: ShownTask) -> str:
-    table = shown.tables.get("lambdas")
+def _by_shots(results: Sequence[Result], kind: str, rule: str | None = None) -> list[tuple[int, Result]]:
+    """The accuracy for each number of labelled pictures a class."""
+    found = ((SHOTS_METRIC.fullmatch(one.metric), one) for one in results if one.kind == kind and rule in (None, one.prompts))
+    return sorted(((int(match[1]), one) for match, one in found if match), key=lambda pair: pair[0])
+
+
+def _draws_curve(shown: ShownTask, title: str, by_shots: Sequence[tuple[int, Result]]) -> Curve:
+    draws = shown.tables["draws"]
+    draws = draws.loc[draws["prompts"] == shown.rules[0]]
+    return Curve(title, [(math.log2(k), one.value) for k, one in by_shots],
+                 [(one.value if one.ci_low is None else one.ci_low, one.value if one.ci_high is None else one.ci_high)
+                  for _, one in by_shots],
+                 [(math.log2(row["shots"]), row["accuracy"]) for row in draws.to_dict("records")])
+
+
+def _choice(shown: ShownTask, table_name: str, column: str, *, title: str, scale: Callable[[float], float], metric: str,
+            ticks: Sequence[tuple[float, str]], each: str, of_equals: str) -> str:
+    """What was chosen on validation pictures: accuracy there over a column of a table, for each kind of features."""
+    table = shown.tables.get(table_name)
     if table is None:
         return ""
     curves, lines = [], []
     for rule in dict.fromkeys(table["prompts"]):
-        rows = table.loc[table["prompts"] == rule].sort_values("regularisation").to_dict("records")
+        rows = table.loc[table["prompts"] == rule].sort_values(column).to_dict("records")
         chosen = next(row for row in rows if row["chosen"])
-        curves.append(Curve(str(rule), [(math.log10(row["regularisation"]), row["validation_accuracy"]) for row in rows],
-                            chosen=math.log10(chosen["regularisation"])))
-        test = _result(shown.results, shown.kind, "lp_acc1", str(rule))
-        lines.append(f"<tr><td>{name(rule)}</td><td>{chosen['regularisation']:.3g}</td>"
+        curve = [row for row in rows if row.get("temperature") == chosen.get("temperature")]
+        curves.append(Curve(str(rule), [(scale(row[column]), row["validation_accuracy"]) for row in curve],
+                            chosen=scale(chosen[column])))
+        test = _result(shown.results, shown.kind, metric, str(rule))
+        also = f", temperature {chosen['temperature']:g}" if "temperature" in chosen else ""
+        lines.append(f"<tr><td>{name(rule)}</td><td>{chosen[column]:.3g}{also}</td>"
                      f"<td>{percent(chosen['validation_accuracy'])}</td><td>{_with_interval(test)}</td></tr>")
-    figure = curves_figure(curves, title="Accuracy on validation pictures over lambda", axis="lambda",
-                           ticks=[(power, f"10{str(power).translate(SUPERSCRIPTS)}") for power in POWERS])
-    return (f'<h3>The choice of lambda</h3><div class="columns"><figure>{figure}</figure><div><p class="soft">Each dot is a '
-            f"classifier, measured on {int(table['num_validation'].iloc[0]):,} validation pictures out of the train split; the "
-            "large dot was chosen, of equally good ones the strongest regularisation. The pictures that are measured were "
-            'looked at once, at the end.</p><div class="scroll"><table><thead><tr><th></th><th>lambda</th>'
+    figure = curves_figure(curves, title=f"Accuracy on validation pictures over {title}", axis=title, ticks=ticks)
+    return (f'<h3>The choice of {title}</h3><div class="columns"><figure>{figure}</figure><div><p class="soft">Each dot is '
+            f"{each}, measured on {int(table['num_validation'].iloc[0]):,} validation pictures out of the train split; the "
+            f"large dot was chosen, of equally good ones {of_equals}. The pictures that are measured were "
+            f'looked at once, at the end.</p><div class="scroll"><table><thead><tr><th></th><th>{title}</th>'
             f"<th>validation</th><th>test</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div></div></div>")
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from clipkit.evaluation.report_figures import interval_bar
 from clipkit.evaluation.report_page import breakable, escape, name
-from clipkit.evaluation.results import NO_FRACTIONS, ONLY_IN_FILES, Result, short_name
-from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
+from clipkit.evaluation.results import NO_FRACTIONS, ONLY_IN_FILES, Result, is_of_group, short_name
+from clipkit.evaluation.tasks import CHOICE, CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 
 KIND_TITLES = {CLASSIFICATION: "Zero-shot classification", RETRIEVAL: "Retrieval", MULTI_LABEL: "Multi-label classification",
-               "linear_probe": "Linear probe", "few_shot": "Few-shot", "suite": "Suite"}
+               CHOICE: "Choice of captions", "linear_probe": "Linear probe", "knn": "Nearest pictures", "few_shot": "Few-shot",
+               "tip_adapter": "Tip-Adapter", "suite": "Suite"}
 METRIC_MEANINGS = {
     "acc1": "share of pictures whose first guess is right",
     "acc5": "share with the right class among the first five guesses",
@@ -23,6 +24,15 @@ METRIC_MEANINGS = {
     "micro_auroc": "area under the ROC curve of all pairs of picture and class",
     "lp_acc1": "acc1 of a linear probe, trained on labels",
     "lp_lambda": "the probe's regularisation, chosen on validation data",
+    "knn_acc1": "acc1 of a weighted vote of the nearest pictures of the train split",
+    "knn_k": "pictures that vote, chosen on validation data",
+    "knn_temperature": "a vote weighs exp(cosine / temperature), chosen on validation data",
+    "zeroshot_acc1": "acc1 by texts alone, on the same pictures",
+    "acc": "share of questions with nothing but right choices; of equally near answers none is right",
+    "text_acc": "share of questions in which each picture finds its caption",
+    "image_acc": "share of questions in which each caption finds its picture",
+    "worst_group_acc1": "acc1 of the group with the lowest",
+    "group_gap_acc1": "acc1 of the best group less that of the worst",
     "ece": "expected calibration error: mean distance of probability and share right, at the learned scale",
     "ece_100": "the same at scale 100",
     "nll": "mean negative logarithm of the right class's probability, nats, at the learned scale",
@@ -39,8 +49,9 @@ def results_tables(results: Sequence[Result]) -> str:
     """
     parts = []
     for kind in dict.fromkeys(result.kind for result in results):
-        main = [result for result in results if result.kind == kind and result.metric not in ONLY_IN_FILES]
-        more = [result for result in results if result.kind == kind and result.metric in ONLY_IN_FILES]
+        of_kind = [result for result in results if result.kind == kind and not is_of_group(result.metric)]
+        main = [result for result in of_kind if result.metric not in ONLY_IN_FILES]
+        more = [result for result in of_kind if result.metric in ONLY_IN_FILES]
         folded = f"<details><summary>More metrics</summary>{_table(more)}</details>" if main and more else ""
         parts.append(f"<h3>{kind_title(kind)}</h3>{_table(main or more)}{folded}")
     return "\n".join(parts)

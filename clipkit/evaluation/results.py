@@ -8,17 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clipkit.evaluation.image_sets import CHOICE
 from clipkit.training.atomic_files import write_text_atomically
 
 SCHEMA_VERSION = 1
 MAX_TASK_LENGTH = 30  # characters, in the table for people
-NO_FRACTIONS = ("nll", "nll_100", "lp_lambda", "image_retrieval_median_rank", "text_retrieval_median_rank")
+NO_FRACTIONS = ("nll", "nll_100", "lp_lambda", "knn_k", "knn_temperature", "image_retrieval_median_rank",
+                "text_retrieval_median_rank")
 SHORT = {"_retrieval_recall": " R", "_retrieval_median_rank": " median", "mean_per_class_recall": "class recall",
          "mean_average_precision": "mAP"}
 ABOUT = ("task", "split", "kind", "prompts")  # rows that are equal in these are measured together
 CURE = "move the results away, or give out=<another folder>"
 # Not in the table: it has to fit a terminal.
-ONLY_IN_FILES = ("ece_100", "nll", "nll_100", "tie_rate", "lp_lambda", "mean_average_precision_11_points")
+ONLY_IN_FILES = ("ece_100", "nll", "nll_100", "tie_rate", "lp_lambda", "knn_k", "knn_temperature",
+                 "mean_average_precision_11_points")
+LEARNED = {"linear_probe": "lp_", "knn": "knn_"}  # what stands before the accuracies of kinds that learn from labels
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,25 @@ def _others(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) ->
             and tuple(row[name] for name in ABOUT) not in about]
 
 
+def hit_metric(kind: str, direction: str, k: int = 1) -> str:
+    """Name the share of answers whose rank is below k. In choices rank 0 is right and 1 is wrong."""
+    if kind == CHOICE:
+        return f"{direction}_acc" if direction else "acc"
+    return f"{direction}_recall@{k}" if direction else f"{LEARNED.get(kind, '')}acc{k}"
+
+
+def is_of_group(metric: str) -> bool:
+    """Whether a metric is that of one group: acc1[style=noto]. Only files and the report have these."""
+    return metric.endswith("]")
+
+
 def results_table(results: Sequence[Result]) -> str:
     """Write results as plain text for people: a table a kind, a line for each task and prompt rule, metrics as columns.
 
     Returns:
       The text without a final newline; fractions in percent, each value with its 95 % interval.
     """
-    results = [result for result in results if result.metric not in ONLY_IN_FILES]
+    results = [result for result in results if result.metric not in ONLY_IN_FILES and not is_of_group(result.metric)]
     return "\n\n".join(
         align(_cells([result for result in results if result.kind == kind]))
         for kind in dict.fromkeys(result.kind for result in results)

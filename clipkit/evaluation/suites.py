@@ -1,6 +1,7 @@
 """Suites: open their tasks, and average the one number of each that counts, with an interval."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from clipkit.evaluation.outcome import Outcome
 from clipkit.evaluation.results import Result, align
 from clipkit.evaluation.statistics import average_interval
 from clipkit.evaluation.tasks import Task, load_task
+from clipkit.training.distributed import gather_objects
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,23 +46,43 @@ def measured_tasks(suite: SuiteConfig) -> list[SuiteTaskConfig]:
     return [one for one in suite.tasks if one.task is not None]
 
 
-def load_suite(suite: SuiteConfig, *, cache_dir: str | Path | None = None) -> list[Task]:
-    """Open the tasks of a suite, in its order; those left out are passed over.
+def open_suite(suite: SuiteConfig, *, cache_dir: str | Path | None = None) -> tuple[SuiteConfig, list[Task], dict[str, str]]:
+    """Open those tasks of a suite that can be had. All processes must call this, and all get the same.
+
+    Returns:
+      The suite, in which the others are left out with the reason; its tasks in its order; {name: reason} of the others.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_task`, or a task is not of the kind that its metric belongs to.
+      FileNotFoundError: none can be had.
+      ValueError: a task is not of the kind that its metric is made for.
     """
-    tasks = []
+    tasks, missing = {}, {}
     for one in measured_tasks(suite):
-        assert one.task is not None and one.metric is not None
-        source = f"{one.task}@{one.revision}" if one.revision else one.task
-        task = load_task(source, cache_dir=cache_dir, split=one.split, templates=one.prompts, duplicates="keep")
-        if task.kind != SUITE_METRICS[one.metric]:
-            fitting = [metric for metric, kind in SUITE_METRICS.items() if kind == task.kind]
-            raise ValueError(f"metric of {one.name} in suite {suite.name} is {one.metric}, but {source} is made for "
-                             f"{task.kind}; choose one of {', '.join(fitting)}")
-        tasks.append(task)
-    return tasks
+        failure = None
+        try:
+            tasks[one.name] = _load(suite, one, cache_dir)
+        except OSError as error:
+            failure = " ".join(str(error).split())
+        failures = [text for text in gather_objects(failure) if text is not None]
+        if failures:
+            missing[one.name] = failures[0]
+    if len(missing) == len(measured_tasks(suite)):
+        name, reason = next(iter(missing.items()))
+        raise FileNotFoundError(f"none of the {len(missing)} sets of suite {suite.name} can be had; {name}: {reason}")
+    left_out = {name: SuiteTaskConfig(name=name, left_out=f"it cannot be had: {reason}") for name, reason in missing.items()}
+    kept = tuple(left_out.get(one.name, one) for one in suite.tasks)
+    return replace(suite, tasks=kept), [task for name, task in tasks.items() if name not in missing], missing
+
+
+def _load(suite: SuiteConfig, one: SuiteTaskConfig, cache_dir: str | Path | None) -> Task:
+    assert one.task is not None and one.metric is not None
+    source = f"{one.task}@{one.revision}" if one.revision else one.task
+    task = load_task(source, cache_dir=cache_dir, split=one.split, templates=one.prompts, duplicates="keep")
+    if task.kind != SUITE_METRICS[one.metric]:
+        fitting = ", ".join(metric for metric, kind in SUITE_METRICS.items() if kind == task.kind)
+        raise ValueError(f"metric of {one.name} in suite {suite.name} is {one.metric}, but {source} is made for "
+                         f"{task.kind}; {f'choose one of {fitting}' if fitting else 'leave the task out'}")
+    return task
 
 
 def summarise(suite: SuiteConfig, tasks: Sequence[Task], results: Sequence[Result],
@@ -72,7 +94,7 @@ def summarise(suite: SuiteConfig, tasks: Sequence[Task], results: Sequence[Resul
 
     Args:
       suite: what was asked for.
-      tasks: as `load_suite` opened them.
+      tasks: as `open_suite` opened them.
       results: of all of them; of several prompt rules the first counts.
       published: {source of a task: its main metric elsewhere}, for the table.
 

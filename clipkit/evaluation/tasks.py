@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from clipkit.data.emoji import emoji_shards
 from clipkit.data.emoji.pack import EmojiRow, read_emoji_rows
@@ -15,12 +15,15 @@ from clipkit.data.samples import SampleError
 from clipkit.data.shards import TABLE_SUFFIXES, expand_shards
 from clipkit.data.tars import RawSample, is_local
 from clipkit.evaluation.benchmark_layout import find_benchmark_set, open_benchmark_set
+from clipkit.evaluation.choice_tables import has_choices, open_choices
 from clipkit.evaluation.image_sets import (
+    CHOICE,
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
     ImageSet,
     OpenedSet,
+    Question,
     ShardImages,
     Target,
     TaskSample,
@@ -28,11 +31,12 @@ from clipkit.evaluation.image_sets import (
 )
 from clipkit.evaluation.labelled_files import open_folder, open_table
 from clipkit.evaluation.merged_classes import merge_classes
+from clipkit.evaluation.sample_fields import json_fields
 
-__all__ = ["CLASSIFICATION", "EMOJI_PROMPTS", "EMOJI_SPLITS", "KINDS", "MULTI_LABEL", "RETRIEVAL", "ImageSet", "Task",
+__all__ = ["CHOICE", "CLASSIFICATION", "EMOJI_PROMPTS", "EMOJI_SPLITS", "KINDS", "MULTI_LABEL", "RETRIEVAL", "ImageSet", "Task",
            "TaskSample", "empty_classes", "load_task", "pictures_in"]
 
-KINDS = (CLASSIFICATION, RETRIEVAL, MULTI_LABEL)
+KINDS = (CLASSIFICATION, RETRIEVAL, MULTI_LABEL, CHOICE)
 EMOJI_SPLITS = {"emoji_val": "val", "emoji_test_style": "test_style", "emoji_test_concept": "test_concept"}
 # Fixed rules, always reported side by side: none is chosen by its result. Several texts of a class are averaged.
 EMOJI_PROMPTS: dict[str, Callable[[EmojiRow], list[str]]] = {
@@ -46,6 +50,14 @@ DUPLICATES = ("refuse", "keep", "merge")  # classes of one name
 NAMES_SHOWN = 5  # in messages
 
 
+class Groups(NamedTuple):
+    """Which group each picture of a task belongs to."""
+
+    column: str  # of the metadata
+    of_key: Mapping[str, str]  # key of a picture -> its group; those without one are missing
+    of_question: Mapping[int, str]  # number of a question -> its group, of a task of choices
+
+
 @dataclass(frozen=True)
 class Task:
     """A set of pictures and what is asked about them."""
@@ -54,11 +66,13 @@ class Task:
     split: str
     kind: str  # one of KINDS
     images: ImageSet
-    classes: tuple[str, ...] = ()  # names; () of a retrieval task
+    classes: tuple[str, ...] = ()  # names; () of a task of captions
     prompts: dict[str, list[list[str]]] = field(default_factory=dict)  # name of the rule -> texts of each class
     train: "Task | None" = None  # the labelled train split, with the same classes
     commit: str = ""  # of a set on the hub
     notes: tuple[str, ...] = ()  # what the reader of its results has to know
+    questions: tuple[Question, ...] = ()  # of a task of choices
+    groups: Groups | None = None  # by which its accuracy is told too
 
 
 def load_task(name: str, *, cache_dir: str | Path | None = None, split: str | None = None,
@@ -102,7 +116,8 @@ def load_task(name: str, *, cache_dir: str | Path | None = None, split: str | No
         notes += [note] if note else []
         prompts = prompt_rules(found.classes, templates, own=found.templates)
     train = Task(name, "train", found.kind, found.train, found.classes) if found.train else None
-    return Task(name, found.split, found.kind, found.images, found.classes, prompts, train, found.commit, tuple(notes))
+    return Task(name, found.split, found.kind, found.images, found.classes, prompts, train, found.commit, tuple(notes),
+                found.questions)
 
 
 def empty_classes(task: Task, label_sets: Sequence[Sequence[int]]) -> str:
@@ -125,6 +140,9 @@ def _open(name: str, split: str | None, kind: str | None, fetch_train: bool) -> 
     """Find out what a name means, and open it."""
     if not name or name.startswith("pipe:"):
         raise ValueError(f"task is {name!r}; give one of {', '.join(EMOJI_SPLITS)}, or {POSSIBLE}")
+    if kind == CHOICE and Path(name).suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(f"kind is {kind!r}, but task {name!r} is no table; give one ({', '.join(TABLE_SUFFIXES)}) with "
+                         "true and false captions")
     on_hub = find_hub_set(name)
     if on_hub is not None:
         fetched = fetch_set(on_hub, split or "test", with_train=fetch_train)
@@ -139,7 +157,8 @@ def _open(name: str, split: str | None, kind: str | None, fetch_train: bool) -> 
     if is_shards and split is not None:
         raise ValueError(f"split is {split!r}, but task {name!r} has no splits; leave it out")
     if path is not None and path.suffix.lower() in TABLE_SUFFIXES:
-        return open_table(path, kind)
+        is_choice = kind == CHOICE or (kind is None and has_choices(path))
+        return open_choices(path) if is_choice else open_table(path, kind)
     if path is not None and not is_shards:
         return open_folder(path, split, kind)
     return _captioned_shards(name, path, kind)
@@ -198,7 +217,7 @@ def _check_classes(found: OpenedSet, duplicates: str) -> tuple[OpenedSet, str]:
 
 
 def _concept(raw: RawSample, *, numbers: Mapping[str, int], others_pass: bool = False) -> Target | None:
-    concept = _fields(raw).get("concept")
+    concept = json_fields(raw).get("concept")
     if not isinstance(concept, str) or concept not in numbers:
         if others_pass:
             return None
@@ -208,7 +227,7 @@ def _concept(raw: RawSample, *, numbers: Mapping[str, int], others_pass: bool = 
 
 def _captions(raw: RawSample) -> Target:
     """The json's `captions` (a list), else the .txt as it stands."""
-    listed = _fields(raw).get("captions")
+    listed = json_fields(raw).get("captions")
     try:
         given = listed if isinstance(listed, list) else [raw.text.decode()] if raw.text is not None else []
     except UnicodeDecodeError as error:
@@ -217,13 +236,3 @@ def _captions(raw: RawSample) -> Target:
     if not captions:
         raise SampleError("no caption", "neither captions in the json nor a .txt")
     return Target(captions=captions)
-
-
-def _fields(raw: RawSample) -> dict[str, Any]:
-    try:
-        fields = json.loads(raw.json) if raw.json else {}
-    except (ValueError, RecursionError) as error:
-        raise SampleError("corrupt json or text", str(error)) from error
-    if not isinstance(fields, dict):
-        raise SampleError("corrupt json or text", f"the json is a {type(fields).__name__}, not an object")
-    return fields

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipkit.evaluation.choices import measure_choices
 from clipkit.evaluation.classification import accuracies, classification_numbers, prediction_columns, score_classes
 from clipkit.evaluation.classifier import encode_prompts
 from clipkit.evaluation.encode import EncodedTask, encode_task
 from clipkit.evaluation.feature_rows import Progress, exact_fp32
+from clipkit.evaluation.groups import group_outcome
 from clipkit.evaluation.lazy_model import logit_scale_of
 from clipkit.evaluation.outcome import Outcome, join, named_table
 from clipkit.evaluation.probes import PROBES, ProbeSettings
@@ -19,7 +21,8 @@ from clipkit.evaluation.results import Result
 from clipkit.evaluation.retrieval import rank_targets, recall_at
 from clipkit.evaluation.statistics import clustered_interval, median_interval
 from clipkit.evaluation.store import EmbeddingStore
-from clipkit.evaluation.tasks import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, Task, empty_classes, load_task
+from clipkit.evaluation.tasks import CHOICE, CLASSIFICATION, RETRIEVAL, Task, empty_classes, load_task
+from clipkit.evaluation.tasks import KINDS as TASK_KINDS
 from clipkit.evaluation.template_effects import has_templates, template_effects
 from clipkit.evaluation.text_features import average_prompts, encode_texts
 from clipkit.model.image_text import ImageTextModel
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 RECALL_AT = (1, 5, 10)
-KINDS = (CLASSIFICATION, RETRIEVAL, MULTI_LABEL, *PROBES)
+KINDS = (*TASK_KINDS, *PROBES)
 
 
 def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: int = 256,
@@ -45,7 +48,7 @@ def evaluate(model: ImageTextModel, tasks: Sequence[str | Task], *, batch_size: 
       cache_dir: folder for unpacked data, None = the user's cache.
 
     Returns:
-      The results in the order of the tasks: acc1 and acc5 for each prompt rule, or recall@1, 5, 10 both ways.
+      The results in the order of the tasks: acc1 and acc5 for each prompt rule, recall@1, 5, 10 both ways, or acc.
 
     Raises:
       FileNotFoundError: a task does not exist.
@@ -69,7 +72,7 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
       store: where embeddings are kept.
       workers: processes that read pictures.
       progress: called after each batch of pictures.
-      probe: of linear_probe and few_shot; None = the defaults.
+      probe: of the kinds that learn from labels; None = the defaults.
       with_templates: measure each template of zero-shot classification too.
 
     Raises:
@@ -79,22 +82,33 @@ def measure(model: ImageTextModel, task: Task, *, kind: str | None = None, batch
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {list(KINDS)}")
     if kind in PROBES:
-        return PROBES[kind](model, task, probe or ProbeSettings(), batch_size=batch_size, store=store, workers=workers)
-    if kind != task.kind:
+        outcome = PROBES[kind](model, task, probe or ProbeSettings(), batch_size=batch_size, store=store, workers=workers)
+    elif kind == task.kind:
+        outcome = _measure_by_texts(model, task, batch_size=batch_size, thorough=thorough, store=store, workers=workers,
+                                    progress=progress, with_templates=with_templates)
+    else:
         raise ValueError(f"kind is {kind!r}, but task {task.name} is made for {task.kind}; leave kind out, or choose one of "
                          f"{[task.kind, *PROBES]}")
+    return join([outcome, group_outcome(task.groups, outcome)]) if task.groups and thorough else outcome
+
+
+def _measure_by_texts(model: ImageTextModel, task: Task, *, batch_size: int, thorough: bool, store: EmbeddingStore | None,
+                      workers: int, progress: Progress | None, with_templates: bool) -> Outcome:
+    """Measure what a task is made for."""
     encoded = encode_task(model, task, batch_size=batch_size, spread=True, store=store, workers=workers,
                           progress=progress)
     embed = partial(encode_texts, model, batch_size=batch_size, spread=True, store=store)
-    if kind == RETRIEVAL:
+    if task.kind == RETRIEVAL:
         return _retrieval(task, encoded, embed, thorough)
-    ask = _classification if kind == CLASSIFICATION else _multi_label
+    if task.kind == CHOICE:
+        return measure_choices(task, encoded, embed)
+    ask = _classification if task.kind == CLASSIFICATION else _multi_label
     logit_scale = logit_scale_of(model)
     outcomes = []
     for rule, prompts in task.prompts.items():
         texts, features = encode_prompts(model, prompts, batch_size=batch_size, spread=True, store=store)  # (T, D)
         outcomes.append(ask(task, encoded, rule, average_prompts(features, texts, prompts), logit_scale, thorough))
-        if with_templates and kind == CLASSIFICATION:
+        if with_templates and task.kind == CLASSIFICATION:
             outcomes.append(_templates(task, encoded, rule, texts, features))
     empty = empty_classes(task, encoded.label_sets)
     return join([*outcomes, Outcome([], None, (empty,) if empty else ())])
