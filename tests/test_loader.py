@@ -22,7 +22,7 @@ from clipkit.config.data import AugmentConfig, DataConfig
 from clipkit.data import loader as loader_module
 from clipkit.data.lanes import Lane
 from clipkit.data.loader import DataError, TrainLoader, default_workers, make_train_loader, merge_states
-from clipkit.data.samples import Example, make_example
+from clipkit.data.samples import Example, PictureExamples, make_example
 from clipkit.data.shards import BadSample, RawSample, expand_shards
 from tests.conftest import write_tar
 
@@ -66,8 +66,9 @@ def sources(tmp_path_factory) -> list[list[str]]:
 def make(shards: list[list[str]], rank: int = 0, world: int = 1, *, lanes: int = 4, rows: int = 8, state=None,
          group_by: str = "concept", local_world_size: int = 1, **changes) -> TrainLoader:
     settings = {"max_bad_fraction": 0.2} | changes
-    return make_train_loader(dataclasses.replace(DATA, train=("x",) * len(shards), **settings), shards=shards,
-                             lanes=lanes, tokenize=tokenize, image_size=6, group_by=group_by, seed=4,
+    data = dataclasses.replace(DATA, train=("x",) * len(shards), **settings)
+    return make_train_loader(data, shards=shards, lanes=lanes, tokenize=tokenize, seed=4,
+                             examples=PictureExamples(data=data, image_size=6, group_by=group_by),
                              global_batch_size=rows, rank=rank, world_size=world, local_world_size=local_world_size,
                              state=state)
 
@@ -97,7 +98,7 @@ def test_batches_are_the_lanes_in_order_each_with_its_own_samples(sources, chang
         lane = Lane(sources, lane=number, lanes=4, seed=4, block_samples=8, weights=changes.get("weights"),
                     resampled=changes.get("resampled", False))
         examples = []
-        for position in range(200):
+        for position in range(40):  # 24 samples, and the bad ones between them
             raw = next(lane)
             if isinstance(raw, RawSample):
                 examples.append(make_example(raw, image_size=6, config=AUGMENT, group_by="concept", max_pixels=10**6,

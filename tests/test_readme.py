@@ -101,8 +101,12 @@ def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
 def compose(command: str, arguments: list[str]) -> list:
     from clipkit.commands import pretrain
     from clipkit.commands.diffusion import autoencoder
+    from clipkit.commands.diffusion import train as diffusion_train
     from clipkit.config import PretrainConfig
     from clipkit.config.diffusion.autoencoder import AutoencoderConfig
+    from clipkit.config.diffusion.evaluate import EvaluateConfig
+    from clipkit.config.diffusion.sample import SampleConfig
+    from clipkit.config.diffusion.train import DiffusionTrainConfig
     from clipkit.config.export import ExportConfig
     from clipkit.config.launch import launch
     from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
@@ -110,8 +114,11 @@ def compose(command: str, arguments: list[str]) -> list:
 
     schema = {"pretrain": PretrainConfig, "shards/write": ShardsWriteConfig, "shards/check": ShardsCheckConfig,
               "zero-shot": ZeroShotConfig, "compare": CompareConfig, "embed": EmbedConfig,
-              "export": ExportConfig, "diffusion/autoencoder": AutoencoderConfig}[command]
-    implied = {"pretrain": pretrain.IMPLIED, "diffusion/autoencoder": autoencoder.IMPLIED}
+              "export": ExportConfig, "diffusion/autoencoder": AutoencoderConfig,
+              "diffusion/train": DiffusionTrainConfig, "diffusion/sample": SampleConfig,
+              "diffusion/evaluate": EvaluateConfig}[command]
+    implied = {"pretrain": pretrain.IMPLIED, "diffusion/autoencoder": autoencoder.IMPLIED,
+               "diffusion/train": diffusion_train.IMPLIED}
     found: list = []
     try:
         launch(command, schema, lambda config: found.append(config), arguments, implied.get(command))

@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from clipkit.data.emoji import shards as emoji_shards_module
 from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.loader import make_train_loader
+from clipkit.data.samples import PictureExamples
 from clipkit.evaluation import tasks
 from clipkit.evaluation.encode import EncodedTask
 from clipkit.evaluation.tasks import CLASSIFICATION, Task
@@ -123,7 +124,8 @@ def test_the_tower_starts_as_the_run_s_and_sees_its_pictures(small_pack, tmp_pat
     loader, plan = training.make_loader(config, start)
     theirs = make_train_loader(
         config.data, shards=[emoji_shards_module.emoji_shards("train", config.data.cache_dir)], lanes=plan.lanes,
-        tokenize=start.tokenize, image_size=32, group_by="none", seed=config.seed, global_batch_size=BATCH)
+        tokenize=start.tokenize, seed=config.seed,
+        examples=PictureExamples(data=config.data, image_size=32, group_by="none"), global_batch_size=BATCH)
     assert plan.total_steps == 2 and torch.equal(next(loader).images, next(theirs).images)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +69,12 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     Returns:
       What the loop works with, and the step to begin at.
     """
-    from clipkit.data.lanes import check_lanes, default_lanes
     from clipkit.data.loader import make_train_loader
-    from clipkit.data.shards import count_samples
-    from clipkit.data.sources import find_sources
+    from clipkit.data.samples import PictureExamples
     from clipkit.training.average import WeightAverage
     from clipkit.training.estimate import estimate_step
     from clipkit.training.optim import make_optimizer
-    from clipkit.training.plan import make_plan, summary
+    from clipkit.training.plan import plan_run, summary
     from clipkit.training.random_state import seed_all
     from clipkit.training.resume import check_shards, open_run, take_up
     from clipkit.training.run_folder import check_run_name
@@ -84,16 +82,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.step_timer import StepTimer
 
     data, size = config.data, config.train.global_batch_size
-    shards = find_sources(data.train, weighted=data.weights is not None, cache_dir=data.cache_dir,
-                          allow_pipe=data.allow_pipe)
-    all_shards = list(chain.from_iterable(shards))
-    lanes = data.lanes or default_lanes(max(map(len, shards)))
-    check_lanes(lanes, size, process.world_size)
-    num_samples = count_samples(all_shards, data.cache_dir)
-    if num_samples == 0:
-        raise ValueError(f"no samples were found in {all_shards[0]}{' and the other shards' if all_shards[1:] else ''}; look "
-                         f"with: clipkit shards check data='{data.train[0]}'")
-    plan = make_plan(config.train, config.schedule, num_samples=num_samples, lanes=lanes)
+    shards, all_shards, plan = plan_run(data, config.train, config.schedule, world_size=process.world_size)
     name = check_run_name(config.name or "emoji")
     run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process)
     if run:
@@ -113,10 +102,10 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     start = saved.step if saved else 0
     position = saved.state["loader"] if saved and not config.train.overfit_batches else None
     loader = make_train_loader(
-        data, shards=shards, lanes=lanes, tokenize=model.tokenize, image_size=model.image_size,
-        group_by=config.loss.mask_false_negatives, seed=config.seed, global_batch_size=size, rank=process.rank,
-        world_size=process.world_size, local_world_size=process.local_world_size,
-        pin_memory=process.device.type == "cuda", state=position)
+        data, shards=shards, lanes=plan.lanes, tokenize=model.tokenize,
+        examples=PictureExamples(data=data, image_size=model.image_size, group_by=config.loss.mask_false_negatives),
+        seed=config.seed, global_batch_size=size, rank=process.rank, world_size=process.world_size,
+        local_world_size=process.local_world_size, pin_memory=process.device.type == "cuda", state=position)
     run_dir = Path(config.runs_dir) / name
     log = cleanup.enter_context(RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
                                        config=dataclasses.asdict(config), is_main=process.is_main))

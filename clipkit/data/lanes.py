@@ -59,9 +59,10 @@ class LaneSource:
     """
 
     def __init__(self, shards: Sequence[str], *, source: int, lane: int, lanes: int, seed: int, block_samples: int,
-                 resampled: bool = False, allow_pipe: bool = False, cursor: Cursor) -> None:
+                 resampled: bool = False, allow_pipe: bool = False, with_npy: bool = False, cursor: Cursor) -> None:
         self.shards, self.source, self.lane, self.lanes = shards, source, lane, lanes
-        self.seed, self.block_samples, self.resampled, self.allow_pipe = seed, block_samples, resampled, allow_pipe
+        self.seed, self.block_samples, self.resampled = seed, block_samples, resampled
+        self.allow_pipe, self.with_npy = allow_pipe, with_npy
         self.by_sample = len(shards) < lanes and not resampled
         self.first_block = max(1, block_samples * (lane + 1) // lanes)
         self.cursor = cursor
@@ -150,7 +151,8 @@ class LaneSource:
         def keep(number: int) -> bool:
             return number >= first + start * step and (number - first) % step == 0
 
-        for number, item in read_numbered(self.shards[shard], keep=keep, allow_pipe=self.allow_pipe):
+        for number, item in read_numbered(self.shards[shard], keep=keep, allow_pipe=self.allow_pipe,
+                                          with_npy=self.with_npy):
             if isinstance(item, BadSample) and number < 0:
                 self.last_trouble = item
                 if first:
@@ -178,6 +180,7 @@ class Lane:
       weights: relative frequency of each source's samples. None = the sources are joined into one.
       resampled: draw shards with replacement.
       allow_pipe: as in tars.open_shard.
+      with_npy: as in tars.read_numbered.
       state: what `state()` gave. None = from the start.
 
     Iterating raises DataError (a ValueError) when there is nothing to read for this lane.
@@ -185,7 +188,7 @@ class Lane:
 
     def __init__(self, sources: Sequence[Sequence[str]], *, lane: int, lanes: int, seed: int, block_samples: int,
                  weights: Sequence[float] | None = None, resampled: bool = False, allow_pipe: bool = False,
-                 state: dict[str, Any] | None = None) -> None:
+                 with_npy: bool = False, state: dict[str, Any] | None = None) -> None:
         if weights is None:
             sources = [[shard for source in sources for shard in source]]
         state = state or start_of_lane(len(sources))
@@ -197,7 +200,7 @@ class Lane:
         self.position: int = state["position"]  # samples given, bad ones too
         self.sources = [
             LaneSource(shards, source=number, lane=lane, lanes=lanes, seed=seed, block_samples=block_samples,
-                       resampled=resampled, allow_pipe=allow_pipe, cursor=cursor)
+                       resampled=resampled, allow_pipe=allow_pipe, with_npy=with_npy, cursor=cursor)
             for number, (shards, cursor) in enumerate(zip(sources, cursors, strict=True))
         ]
 

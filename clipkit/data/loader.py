@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from clipkit.data.batch import Batch
 from clipkit.data.lanes import check_lanes, start_of_lane
 from clipkit.data.parts import LaneStreams, Part
+from clipkit.data.samples import Examples
 from clipkit.data.tars import BadSample, DataError
 
 if TYPE_CHECKING:
@@ -37,19 +38,17 @@ def default_workers(local_world_size: int = 1) -> int:
 
 
 def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], lanes: int,
-                      tokenize: Callable[[list[str]], Tensor], image_size: int, group_by: str, seed: int,
+                      tokenize: Callable[[list[str]], Tensor], examples: Examples, seed: int,
                       global_batch_size: int, rank: int = 0, world_size: int = 1, local_world_size: int = 1,
                       pin_memory: bool = False, state: dict[str, Any] | None = None) -> "TrainLoader":
     """Build the endless loader of one rank.
 
     Args:
-      data: block_samples, weights, resampled, caption_fields, caption_weights, decode, max_pixels, augment,
-        max_bad_fraction, allow_pipe and workers are read from it.
+      data: block_samples, weights, resampled, max_bad_fraction, allow_pipe and workers are read from it.
       shards: the shards of each source.
       lanes: number of streams that the order is made of; a multiple of world_size that divides global_batch_size.
       tokenize: texts to (N, L) int32; picklable where workers are not forked (macOS, Windows).
-      image_size: side of the pictures, pixels.
-      group_by: "none", "caption" or a json field (`Batch.group_ids`).
+      examples: what a batch holds of each sample; `PictureExamples` for pictures.
       seed: of order, captions and augmentation.
       global_batch_size: over all ranks.
       rank, world_size, local_world_size: of this process; the last only for the default number of workers.
@@ -78,8 +77,8 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
             warnings.warn(f"data.workers is {workers}, but a rank has {len(own)} lanes and a lane is not divided: "
                           f"using {len(own)} workers", stacklevel=2)
         workers = len(own)
-    streams = LaneStreams(data=data, shards=shards, num_lanes=lanes, tokenize=tokenize, image_size=image_size,
-                           group_by=group_by, seed=seed, rows_per_lane=global_batch_size // lanes)
+    streams = LaneStreams(data=data, shards=shards, num_lanes=lanes, tokenize=tokenize, examples=examples,
+                           seed=seed, rows_per_lane=global_batch_size // lanes)
     return TrainLoader(streams, positions, workers=workers, pin_memory=pin_memory)
 
 

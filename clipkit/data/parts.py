@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipkit.data.lanes import Lane
-from clipkit.data.samples import Example, make_example
+from clipkit.data.samples import Example, Examples
 from clipkit.data.tars import BadSample, DataError, RawSample
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MAX_BAD_RUN = 1000  # bad samples in a row after which a lane judges their share
 class Part(NamedTuple):
     """What one worker adds to a batch: the rows of its lanes, in lane order. Legend: P rows of the part."""
 
-    images: Tensor  # (P, 3, H, W) uint8
+    images: Tensor  # (P, 3, H, W) uint8, or what `LaneStreams.examples` makes in its place
     tokens: Tensor  # (P, L) int32
     group_ids: Tensor  # (P,) int64
     positions: dict[str, dict[str, Any]]  # of each lane after these rows
@@ -38,8 +38,7 @@ class LaneStreams:
     shards: Sequence[Sequence[str]]  # of each source
     num_lanes: int
     tokenize: Callable[[list[str]], Tensor]
-    image_size: int
-    group_by: str
+    examples: Examples
     seed: int
     rows_per_lane: int  # of each batch
 
@@ -49,7 +48,7 @@ class LaneStreams:
         failure = ""
         while not failure:
             num_rows = len(lanes) * self.rows_per_lane
-            images = torch.empty((num_rows, 3, self.image_size, self.image_size), dtype=torch.uint8)  # (P, 3, H, W)
+            images = torch.empty((num_rows, *self.examples.shape), dtype=self.examples.dtype)  # (P, 3, H, W)
             captions, group_ids = [], []
             try:
                 for row in range(num_rows):
@@ -73,7 +72,7 @@ class GoodExamples:
         self.number, self.streams = number, streams
         self.lane = Lane(streams.shards, lane=number, lanes=streams.num_lanes, seed=streams.seed,
                          block_samples=data.block_samples, weights=data.weights, resampled=data.resampled,
-                         allow_pipe=data.allow_pipe, state=position)
+                         allow_pipe=data.allow_pipe, with_npy=streams.examples.reads_npy, state=position)
         self.bad = Counter(position["bad"])
         self.last_bad: dict[str, BadSample] = {}
 
@@ -91,10 +90,7 @@ class GoodExamples:
             rng = random.Random(f"{self.streams.seed}/{self.number}/{self.lane.position}")
             item = next(self.lane)
             if isinstance(item, RawSample):
-                item = make_example(item, image_size=self.streams.image_size, config=data.augment, rng=rng,
-                                    max_pixels=data.max_pixels, fast_decode=data.decode == "fast",
-                                    caption_fields=data.caption_fields, caption_weights=data.caption_weights,
-                                    group_by=self.streams.group_by)
+                item = self.streams.examples(item, rng)
             if isinstance(item, Example):
                 return item
             self.bad[item.cause] += 1

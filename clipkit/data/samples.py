@@ -4,8 +4,10 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from clipkit.data.augment import augment
@@ -13,7 +15,7 @@ from clipkit.data.decode import DecodeError, decode_image
 from clipkit.data.tars import BadSample, RawSample
 
 if TYPE_CHECKING:
-    from clipkit.config.data import AugmentConfig
+    from clipkit.config.data import AugmentConfig, DataConfig
 
 
 class Example(NamedTuple):
@@ -31,6 +33,50 @@ class SampleError(ValueError):
         super().__init__(cause, detail)
         self.cause = cause
         self.detail = detail
+
+
+class Examples(Protocol):
+    """Makes an Example of a sample, in the loader's workers; picklable."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one Example's image."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of one Example's image."""
+        ...
+
+    @property
+    def reads_npy(self) -> bool:
+        """Whether it looks at .npy members."""
+        ...
+
+    def __call__(self, raw: RawSample, rng: random.Random) -> Example | BadSample:
+        """Make it, with the sample's own source of chance."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureExamples:
+    """Examples of pictures: decoded and augmented as the settings of the data say."""
+
+    data: "DataConfig"
+    image_size: int  # pixels a side
+    group_by: str  # as in make_example
+    dtype = torch.uint8
+    reads_npy = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 3, self.image_size, self.image_size
+
+    def __call__(self, raw: RawSample, rng: random.Random) -> Example | BadSample:
+        return make_example(raw, image_size=self.image_size, config=self.data.augment, rng=rng,
+                            max_pixels=self.data.max_pixels, fast_decode=self.data.decode == "fast",
+                            caption_fields=self.data.caption_fields, caption_weights=self.data.caption_weights,
+                            group_by=self.group_by)
 
 
 def make_example(raw: RawSample, *, image_size: int, config: "AugmentConfig", rng: random.Random, max_pixels: int,
@@ -54,7 +100,7 @@ def make_example(raw: RawSample, *, image_size: int, config: "AugmentConfig", rn
     try:
         if raw.image is None:
             raise SampleError("no image", "no .jpg, .png, .webp, ... member")
-        fields = _parse_json(raw.json)
+        fields = parse_json(raw.json)
         caption = choose_caption(raw.text, fields, caption_fields, caption_weights, rng)
         group = group_id(group_by, caption, fields)
         pixels = decode_image(raw.image, max_pixels=max_pixels, fast_size=2 * image_size if fast_decode else None)
@@ -106,7 +152,8 @@ def _decode(text: bytes | None) -> str | None:
         raise SampleError("bad text", f"the .txt is not UTF-8: {error}") from error
 
 
-def _parse_json(data: bytes | None) -> dict[str, Any]:
+def parse_json(data: bytes | None) -> dict[str, Any]:
+    """Read a sample's json member; {} without one. Raises SampleError ("bad json") where it is no object."""
     if data is None:
         return {}
     try:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"  # diffusers' names
 FOLDER = "vae"  # of a run, as of a pipeline
+START_LOGVAR = -6.0  # of fresh weights: at 0 a draw hides the mean, and the decoder learns nothing at first
 
 
 def make_autoencoder(config: Mapping[str, Any], *, image_size: int) -> "AutoencoderKL":
@@ -47,10 +47,14 @@ def make_autoencoder(config: Mapping[str, Any], *, image_size: int) -> "Autoenco
             raise ValueError(f"model.config.{name} has {len(config.get(name, ()))} values and block_out_channels {num_levels}; "
                              "give one for each level")
     try:
-        return AutoencoderKL(**config, sample_size=image_size, force_upcast=False)
+        autoencoder = AutoencoderKL(**config, sample_size=image_size, force_upcast=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model.config does not make an autoencoder ({' '.join(str(error).split())}); change its values"
                          ) from error
+    last = autoencoder.quant_conv if autoencoder.quant_conv is not None else autoencoder.encoder.conv_out
+    with torch.no_grad():
+        last.bias[autoencoder.config.latent_channels:].fill_(START_LOGVAR)  # pyright: ignore
+    return autoencoder
 
 
 def make_networks(config: "AutoencoderConfig", device: torch.device) -> tuple[nn.ModuleDict, nn.Module | None]:
@@ -98,23 +102,6 @@ class Reconstruct(nn.Module):
         latents = self.autoencoder.encode(images).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         reconstruction = self.autoencoder.decode(latents.mean + latents.std * noise).sample  # pyright: ignore
         return reconstruction, latents.mean, latents.logvar
-
-
-def latent_noise(shape: tuple[int, ...], *, seed: int, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
-    """Draw the noise of a step for this process's rows: the same for a row, however many processes share the batch.
-
-    Args:
-      shape: (B, C, h, w), of this process.
-      seed: of the run.
-      step: optimizer steps done.
-      rank, world_size: of this process.
-
-    Returns:
-      (B, C, h, w) standard normal, fp32, on the CPU.
-    """
-    generator = torch.Generator().manual_seed(random.Random(f"{seed}/latents/{step}").getrandbits(32))
-    rows, *rest = shape
-    return torch.randn(world_size * rows, *rest, generator=generator)[rank * rows:(rank + 1) * rows]
 
 
 def to_pixel_values(images: Tensor) -> Tensor:
@@ -169,6 +156,11 @@ def save_autoencoder(autoencoder: "AutoencoderKL", folder: Path, *, scaling_fact
         plain.save_pretrained(unfinished, safe_serialization=True)
 
 
+def autoencoder_folder(source: str | Path) -> Path:
+    """Where the autoencoder of a run or a pipeline folder is; an autoencoder's own folder is itself."""
+    return Path(source) / FOLDER if (Path(source) / FOLDER).is_dir() else Path(source)
+
+
 def load_autoencoder(source: str | Path, *, device: str | torch.device = "cpu") -> "AutoencoderKL":
     """Load an autoencoder for use: frozen, in evaluation mode, its scale in `config.scaling_factor`.
 
@@ -179,7 +171,7 @@ def load_autoencoder(source: str | Path, *, device: str | torch.device = "cpu") 
     Raises:
       FileNotFoundError: there is no autoencoder.
     """
-    folder = Path(source) / FOLDER if (Path(source) / FOLDER).is_dir() else Path(source)
+    folder = autoencoder_folder(source)
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no autoencoder: it has no {' and no '.join(missing)}; give a finished run of "

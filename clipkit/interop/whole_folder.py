@@ -10,19 +10,19 @@ from clipkit.training.atomic_files import fsync_file, fsync_folder, one_line_os_
 PROVENANCE = "clipkit_export.json"  # an export has it; only folders that have it are replaced
 
 
-def refuse_taken(out: Path, *, overwrite: bool) -> None:
-    """Raise ValueError if something is at `out` that may not be replaced."""
+def refuse_taken(out: Path, *, overwrite: bool, marker: str = PROVENANCE) -> None:
+    """Raise ValueError if something is at `out` that may not be replaced: only a folder with the marker in it may."""
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise ValueError(f"out is {out}, which exists; give another folder, or overwrite=true to replace an export")
-    if not (out / PROVENANCE).is_file():
-        raise ValueError(f"out is {out}, which is no folder that an export wrote (it has no {PROVENANCE}); overwrite=true "
-                         "replaces nothing else: give another folder")
+    if not (out / marker).is_file():
+        raise ValueError(f"out is {out}, which is no folder that clipkit wrote (it has no {marker}); nothing else is replaced: "
+                         "give another folder")
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def whole_folder(out: Path, *, overwrite: bool, marker: str = PROVENANCE) -> Iterator[Path]:
     """Yield an empty hidden folder; at the end it is moved to `out`, or, after an error, removed.
 
     Raises:
@@ -31,7 +31,7 @@ def whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    refuse_taken(out, overwrite=overwrite)
+    refuse_taken(out, overwrite=overwrite, marker=marker)
     hidden = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

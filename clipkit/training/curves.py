@@ -24,12 +24,12 @@ Panel = Callable[["Axes", Sequence[dict[str, Any]]], None]  # draws records into
 
 
 def plot_curves(run_dir: Path | str, out: Path | str | None = None, *, panels: Sequence[Panel] | None = None) -> Path:
-    """Draw the curves of a run in six panels.
+    """Draw the curves of a run, three panels in a row.
 
     Args:
       run_dir: The run folder, with metrics.jsonl.
       out: The PNG; curves.png in the run folder if None. Replaced as a whole.
-      panels: Six; None = a CLIP's: loss, in-batch accuracy, evaluation, learning rate, logit scale, throughput.
+      panels: Three or six; None = a CLIP's: loss, in-batch accuracy, evaluation, learning rate, logit scale, throughput.
 
     Returns:
       The PNG's path.
@@ -40,10 +40,11 @@ def plot_curves(run_dir: Path | str, out: Path | str | None = None, *, panels: S
     run_dir = Path(run_dir)
     records = read_metrics(run_dir / "metrics.jsonl")
     with _style():
-        figure = _new_figure(11, 6.2)
         chosen = panels or (_draw_loss, _draw_in_batch_accuracy, _draw_evaluation, _draw_learning_rate, _draw_logit_scale,
                             _draw_throughput)
-        for axes, draw in zip(figure.subplots(2, 3).flatten(), chosen, strict=True):
+        rows = len(chosen) // 3
+        figure = _new_figure(11, 3.1 * rows)
+        for axes, draw in zip(figure.subplots(rows, 3).flatten(), chosen, strict=True):
             draw(axes, records)
             _finish(axes)
         figure.suptitle(run_dir.resolve().name, x=0.012, ha="left", fontweight="bold", fontsize=12)

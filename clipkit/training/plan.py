@@ -1,10 +1,15 @@
 """The plan of a run: how many steps, how warm, how much each process holds; and the summary that the person sees."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+from clipkit.config.data import DataConfig
 from clipkit.config.schedule import ScheduleConfig
 from clipkit.config.train import TrainConfig
+from clipkit.data.lanes import check_lanes, default_lanes
+from clipkit.data.shards import count_samples
+from clipkit.data.sources import find_sources
 from clipkit.model.image_text import ImageTextModel, has_batch_statistics, parameter_counts
 from clipkit.training.estimate import StepCost
 from clipkit.training.run_log import duration_text
@@ -17,6 +22,28 @@ class Plan(NamedTuple):
     global_batch_size: int
     num_samples: int | None  # in one epoch; None where counting would mean reading everything
     lanes: int
+
+
+def plan_run(data: DataConfig, train: TrainConfig, schedule: ScheduleConfig, *,
+             world_size: int) -> tuple[list[list[str]], list[str], Plan]:
+    """Find the data and plan a run over them.
+
+    Returns:
+      The shards of each source, all of them, and the plan.
+
+    Raises:
+      FileNotFoundError: there are no such shards.
+      ValueError: they hold no samples, fewer than a batch, or do not fit the lanes and processes.
+    """
+    sources = find_sources(data.train, weighted=data.weights is not None, cache_dir=data.cache_dir, allow_pipe=data.allow_pipe)
+    shards = list(chain.from_iterable(sources))
+    lanes = data.lanes or default_lanes(max(map(len, sources)))
+    check_lanes(lanes, train.global_batch_size, world_size)
+    num_samples = count_samples(shards, data.cache_dir)
+    if num_samples == 0:
+        raise ValueError(f"no samples were found in {shards[0]}{' and the other shards' if shards[1:] else ''}; look with: "
+                         f"clipkit shards check data='{data.train[0]}'")
+    return sources, shards, make_plan(train, schedule, num_samples=num_samples, lanes=lanes)
 
 
 def make_plan(train: TrainConfig, schedule: ScheduleConfig, *, num_samples: int | None, lanes: int) -> Plan:

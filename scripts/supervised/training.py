@@ -20,7 +20,7 @@ from clipkit.config import PretrainConfig, identity, parse
 from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.lanes import default_lanes
 from clipkit.data.loader import TrainLoader, make_train_loader
-from clipkit.data.samples import group_id
+from clipkit.data.samples import PictureExamples, group_id
 from clipkit.data.shards import count_samples
 from clipkit.data.sources import find_sources
 from clipkit.evaluation.feature_rows import evaluation_mode
@@ -155,8 +155,9 @@ def make_loader(config: PretrainConfig, model: ImageTextModel) -> tuple[TrainLoa
     lanes = data.lanes or default_lanes(max(map(len, shards)))
     plan = make_plan(config.train, config.schedule, lanes=lanes,
                      num_samples=count_samples([shard for source in shards for shard in source], data.cache_dir))
-    return make_train_loader(data, shards=shards, lanes=lanes, tokenize=model.tokenize, image_size=model.image_size,
-                             group_by="concept", seed=config.seed, global_batch_size=size), plan
+    examples = PictureExamples(data=data, image_size=model.image_size, group_by="concept")
+    return make_train_loader(data, shards=shards, lanes=lanes, tokenize=model.tokenize, examples=examples, seed=config.seed,
+                             global_batch_size=size), plan
 
 
 def trunk_width(model: ImageTextModel) -> int:

@@ -8,6 +8,9 @@ from clipkit.config.launch import EXIT_BAD_INPUT
 
 COMMANDS = {
     "autoencoder": ("clipkit.commands.diffusion.autoencoder", "train the autoencoder: pictures to latents and back"),
+    "train": ("clipkit.commands.diffusion.train", "train the U-Net: latents from texts, pictures or maps"),
+    "sample": ("clipkit.commands.diffusion.sample", "make pictures from texts, or from pictures"),
+    "evaluate": ("clipkit.commands.diffusion.evaluate", "judge generated pictures by another CLIP"),
 }
 
 

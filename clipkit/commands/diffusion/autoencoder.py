@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,25 +75,18 @@ def train_autoencoder(config: AutoencoderConfig) -> int | None:
 
 def prepare(config: AutoencoderConfig, process: Any, cleanup: contextlib.ExitStack) -> tuple[Training, int]:
     """Build everything, take up the newest checkpoint; return what the loop works with, and the step to begin at."""
-    from clipkit.data.lanes import check_lanes, default_lanes
-    from clipkit.data.shards import count_samples
-    from clipkit.data.sources import find_sources
     from clipkit.diffusion.autoencoder import Reconstruct, make_networks
     from clipkit.training.average import WeightAverage
     from clipkit.training.optim import make_optimizer
     from clipkit.training.parallel import make_parallel
-    from clipkit.training.plan import make_plan
+    from clipkit.training.plan import plan_run
     from clipkit.training.resume import check_shards, open_run, take_up
     from clipkit.training.run_folder import check_run_name
     from clipkit.training.run_log import RunLog
     from clipkit.training.step_timer import StepTimer
 
-    data, optim = config.data, config.optim
-    shards = find_sources(data.train, weighted=data.weights is not None, cache_dir=data.cache_dir, allow_pipe=data.allow_pipe)
-    all_shards = list(chain.from_iterable(shards))
-    lanes = data.lanes or default_lanes(max(map(len, shards)))
-    check_lanes(lanes, config.train.global_batch_size, process.world_size)
-    plan = make_plan(config.train, config.schedule, num_samples=count_samples(all_shards, data.cache_dir), lanes=lanes)
+    optim = config.optim
+    shards, all_shards, plan = plan_run(config.data, config.train, config.schedule, world_size=process.world_size)
     networks, perceptual = make_networks(config, process.device)
     autoencoder: Any = networks["autoencoder"]
     name = check_run_name(config.name or DEFAULT_NAME)
@@ -106,7 +100,7 @@ def prepare(config: AutoencoderConfig, process: Any, cleanup: contextlib.ExitSta
         check_shards(saved, all_shards)
         take_up(saved, model=networks, optimizer=optimizer, average=average, process=process)
     start = saved.step if saved else 0
-    loader = make_loader(config, shards, lanes, process, saved.state["loader"] if saved else None)
+    loader = make_loader(config, shards, plan.lanes, process, saved.state["loader"] if saved else None)
     run_dir = Path(config.runs_dir) / name
     log = cleanup.enter_context(RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
                                        config=dataclasses.asdict(config), is_main=process.is_main))
@@ -124,10 +118,12 @@ def prepare(config: AutoencoderConfig, process: Any, cleanup: contextlib.ExitSta
 def make_loader(config: AutoencoderConfig, shards: list[list[str]], lanes: int, process: Any, state: Any = None) -> Any:
     """The loader of one process; `state` says where it goes on, unless a few fixed batches are overfitted."""
     from clipkit.data.loader import make_train_loader
+    from clipkit.data.samples import PictureExamples
     from clipkit.diffusion.autoencoder import no_tokens
 
-    return make_train_loader(config.data, shards=shards, lanes=lanes, tokenize=no_tokens, image_size=config.model.image_size,
-                             group_by="none", seed=config.seed, global_batch_size=config.train.global_batch_size,
+    return make_train_loader(config.data, shards=shards, lanes=lanes, tokenize=no_tokens, seed=config.seed,
+                             examples=PictureExamples(data=config.data, image_size=config.model.image_size, group_by="none"),
+                             global_batch_size=config.train.global_batch_size,
                              rank=process.rank, world_size=process.world_size, local_world_size=process.local_world_size,
                              pin_memory=process.device.type == "cuda", state=None if config.train.overfit_batches else state)
 
@@ -151,45 +147,11 @@ def summary(t: Training) -> str:
 
 def train(t: Training, start: int) -> int | None:
     """Run the steps from `start` to the end of the plan."""
-    from clipkit.training.due import Timetable
-    from clipkit.training.meter import Meter
-    from clipkit.training.optim import set_learning_rate
-    from clipkit.training.schedule import learning_rate
-    from clipkit.training.stop import EXIT_STOPPED, StopRequest
-    from clipkit.training.watch import Watch
+    from clipkit.training.loop import run_steps
 
-    config, plan, log = t.config, t.plan, t.log
-    meter = Meter(global_batch_size=plan.global_batch_size, num_samples=plan.num_samples,
-                  max_skipped_steps=config.train.max_skipped_steps, device=t.process.device)
-    timetable = Timetable(total_steps=plan.total_steps, log_every=config.log.every, evaluate_every=config.evaluation.every,
-                          checkpoint_steps=config.checkpoint.every_steps,
-                          checkpoint_minutes=config.checkpoint.every_minutes, world_size=t.process.world_size)
-    watch = Watch(log=log, timer=t.timer, plan=plan, start=start, lr=config.optim.lr, masked=False, workers=t.loader.workers,
-                  local_world_size=t.process.local_world_size, decode=config.data.decode, chance_loss=None)
-    if start == 0:
-        evaluate_and_log(t, 0)
-    with StopRequest() as stop, contextlib.closing(t.loader):
-        for step, images in zip(range(start, plan.total_steps), t.timer.batches(device_images(t)), strict=False):
-            lr = learning_rate(step, name=config.schedule.name, peak=config.optim.lr, warmup=plan.warmup_steps,
-                               total_steps=plan.total_steps, cooldown=config.schedule.cooldown)
-            set_learning_rate(t.optimizer, lr)
-            meter.add(*train_step(t, step, images))
-            if t.average:
-                t.average.update(step)
-
-            done = step + 1
-            due = timetable.after(done, stop=stop.wanted)
-            if due.log:
-                log.step(done, watch.look(done, meter.take(done, lr=lr, bad=t.loader.bad)))
-            with t.timer.paused():
-                if due.evaluation:
-                    evaluate_and_log(t, done)
-                if due.checkpoint:
-                    save(t, done)
-            if due.stop:
-                log.say(f"stopped at step {done:,}; run the same command again to go on")
-                return EXIT_STOPPED
-    return None
+    return run_steps(t.config, t.plan, start, process=t.process, optimizer=t.optimizer, loader=t.loader, timer=t.timer,
+                     log=t.log, batches=device_images(t), train_step=partial(train_step, t),
+                     evaluate_every=t.config.evaluation.every, evaluate=partial(evaluate_and_log, t), save=partial(save, t))
 
 
 def train_step(t: Training, step: int, images: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -200,9 +162,9 @@ def train_step(t: Training, step: int, images: Any) -> tuple[Any, Any, Any, dict
     """
     import torch
 
-    from clipkit.diffusion.autoencoder import latent_noise
     from clipkit.diffusion.autoencoder_loss import autoencoder_loss
     from clipkit.diffusion.discriminator import discriminator_loss
+    from clipkit.diffusion.draws import latent_noise
     from clipkit.training.optim import clip_gradient, optimizer_step
     from clipkit.training.precision import autocast
 
@@ -210,7 +172,7 @@ def train_step(t: Training, step: int, images: Any) -> tuple[Any, Any, Any, dict
     discriminator = t.networks["discriminator"] if step >= t.joining_step else None
     side = t.config.model.image_size // t.config.model.downsampling
     noise = latent_noise((len(images), t.autoencoder.config.latent_channels, side, side), seed=t.config.seed, step=step,
-                         rank=process.rank, world_size=process.world_size).to(process.device)  # (B, C, h, w)
+                         rank=process.rank).to(process.device)  # (B, C, h, w)
     with autocast(process.device, precision):
         reconstruction, mean, logvar = t.reconstruct(images, noise)  # (B, 3, H, W), (B, C, h, w) twice
         found = autoencoder_loss(images, reconstruction, mean, logvar, perceptual=t.perceptual,
@@ -226,6 +188,8 @@ def train_step(t: Training, step: int, images: Any) -> tuple[Any, Any, Any, dict
             judged = discriminator_loss(t.judge, images, reconstruction)
         judged.backward()
         skipped = skipped.maximum(optimizer_step(t.optimizer, clip_gradient(list(t.judge.parameters()), max_norm)))
+    if t.average:
+        t.average.update(step)
     terms = found._asdict() | {"discriminator_loss": judged.detach()}
     del terms["loss"]
     return found.loss, grad_norm, skipped, terms
