@@ -12,15 +12,17 @@ UV := sh scripts/uv.sh $(BIN)/python
 INSTALLED := $(VENV)/installed
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--index $(TORCH_INDEX) --index-strategy unsafe-best-match) $(TORCH)
 DEFAULT_DOWNLOAD = $(if $(filter Darwin,$(shell uname -s)),about 0.4 GB,about 3 GB (torch with CUDA; 6 GB on disk))
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 DOWNLOAD = $(if $(TORCH)$(TORCH_INDEX)$(UV_TORCH_BACKEND),torch as chosen and what it needs,$(DEFAULT_DOWNLOAD))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain zero-shot export supervised test test-all lint wheel clean
+.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint wheel clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  ARGS="name=try train.samples=20000"   settings for make pretrain; options of pytest for make test'
+	@echo '  ARGS="-n 0 tests/test_losses.py"      make test in one process, without workers'
 	@echo '  PYTHON=python3.12                     the Python that makes the environment'
 	@echo '  VENV=.venv                            where the environment is'
 	@echo '  UV_TORCH_BACKEND=cpu                  torch without CUDA, about 0.5 GB in all (also cu126, cu130, rocm..., auto)'
@@ -43,11 +45,21 @@ export: $(INSTALLED) ## hand the text encoder of runs/emoji to transformers and 
 supervised: $(INSTALLED) ## the same image tower trained by softmax over fixed classes, beside runs/emoji (docs/clip.md)
 	$(BIN)/python -m scripts.supervised $(ARGS)
 
-test: $(INSTALLED) ## run the quick tests (CPU, offline)
-	$(BIN)/python -m pytest -m "not slow and not multiprocess" $(ARGS)
+diffusion: $(INSTALLED) ## latent diffusion after make pretrain: autoencoder, U-Net, a judge, pictures (about 3,700 CPU seconds)
+	@test -f runs/emoji/model/open_clip_config.json || { echo 'runs/emoji is not there yet: make pretrain' >&2; exit 1; }
+	$(BIN)/clipkit export overwrite=true
+	$(BIN)/clipkit diffusion autoencoder
+	$(BIN)/clipkit diffusion train
+	$(BIN)/clipkit pretrain experiment=emoji_judge
+	$(BIN)/clipkit diffusion evaluate scored_by=runs/emoji_judge
+	$(BIN)/clipkit diffusion evaluate scored_by=runs/emoji_judge prompts=emoji_val
 
-test-all: $(INSTALLED) ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the quick tests (CPU, offline)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not multiprocess" $(ARGS)
+
+test-all: $(INSTALLED) ## run all tests; those that start processes come last, one by one
+	$(BIN)/python -m pytest $(WORKERS) -m "not multiprocess" $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -m multiprocess $(ARGS) || test $$? = 5
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .

@@ -270,3 +270,11 @@ def test_the_command_line_reaches_it_and_a_run_folder_has_its_own_samples(folder
     main()
     made = next(Path("runs/emoji_diffusion/samples").iterdir())
     assert facts(made / "00000.png")["prompt"] == "one, two: it's a \"test\""
+
+
+@pytest.mark.slow
+def test_a_compiled_model_makes_the_same_pictures(folders):  # noqa: F811
+    plain, compiled = (run(folders["v"], name, n_samples=5, compile=name == "compiled") for name in ("plain", "compiled"))
+    for name in files(plain):
+        pixels = [np.asarray(Image.open(out / name)).astype(int) for out in (plain, compiled)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1  # fused sums round otherwise

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,12 @@ SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "p
 SHAPE = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
          "norm_num_groups")  # of a U-Net
 PROMPTS = ["red apple", "grinning face", "dog face", "guitar", "rocket", "house", "bicycle", "fish"]
+
+
+def peak_memory_gb() -> float:
+    """The most that this process has held since its program was started (Linux; ru_maxrss would be the parent's, too)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def seconds_of(work: Callable[[], Any]) -> dict[str, float]:
@@ -155,10 +160,12 @@ def bench_memory(run: str) -> dict[str, float]:
     """Peak memory (GB) of processes that make 8 and 64 samples, 4 at once."""
     found = {}
     for count in (8, 64):
-        code = ("import resource, sys, tempfile; from clipkit.commands.diffusion.sample import main; "
+        code = ("import tempfile; from clipkit.commands.diffusion.sample import main; "
+                "from scripts.bench.diffusion import peak_memory_gb; "
                 f"main(['model={run}', 'prompts=red apple', 'n_samples={count}', 'batch_size=4', 'steps=5', "
-                "'out=' + tempfile.mkdtemp() + '/samples']); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+                "'out=' + tempfile.mkdtemp() + '/samples']); print(peak_memory_gb())")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
         found[str(count)] = float(done.stdout.split()[-1])
     return found
 
@@ -190,7 +197,7 @@ def latent_or_pixel(pipeline: Pipeline, *, image_size: int, in_pixels: bool) -> 
     step()
     times = {"step_seconds": min(seconds_of(step)["seconds"] for _ in range(3)),
              "sample_seconds": min(seconds_of(sample)["seconds"] for _ in range(2))}
-    return times | {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return times | {"peak_memory_gb": peak_memory_gb()}
 
 
 def bench_spaces(run: str, threads: int) -> list[dict[str, Any]]:
