@@ -1,14 +1,29 @@
-"""Shared fixtures: one thread, no network, one tiny model."""
+"""Shared fixtures: one thread, no network, one tiny model; what many tests would do again is done once.
 
+Nothing heavy is imported above: the process that only hands tests to workers reads this file, too.
+"""
+
+import copy
+import functools
+import gc
 import os
+import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it
+os.environ["OMP_NUM_THREADS"] = "1"  # before any library reads it, as the next
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+# Python looks for garbage after 700 new objects; a million of torch's and transformers' would be walked again and again.
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_sessionfinish():
+    """Look for garbage that warns when it goes, once: pytest does it five times, over all that the libraries hold."""
+    gc.collect()
+    gc.freeze()
+
 
 TINY = {
     "embed_dim": 16,
@@ -17,9 +32,40 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def merges_are_read_once():
+    """Reading the 48,894 merges of CLIP's tokenizer takes longer than most tests do."""
+    if "open_clip.tokenizer" in sys.modules:
+        make_once_of_each_kind(sys.modules["open_clip.tokenizer"].SimpleTokenizer)
+
+
+@functools.cache
+def make_once_of_each_kind(made: type) -> None:
+    """Let objects made from equal arguments share the attributes of the first."""
+    attributes, make = {}, made.__init__
+
+    def make_or_share(self, *arguments, **named):
+        key = repr((arguments, sorted(named.items())))
+        if key not in attributes:
+            make(self, *arguments, **named)
+            attributes[key] = vars(self).copy()
+        vars(self).update(attributes[key])
+
+    made.__init__ = make_or_share
+
+
 @pytest.fixture
 def tiny_model():
     """A fresh, seeded CLIP with two very small Transformers (no batch statistics)."""
+    import torch
+
     from clipkit.model.build import build_model
 
     torch.manual_seed(0)
@@ -46,20 +92,32 @@ def settings(*arguments: str, config_dir=None, model=None):
 
 
 def command_settings(command: str, schema, *arguments: str, config_dir=None, implied=None):
-    """The settings of `clipkit <command> <arguments>`, composed as the command does."""
-    from hydra import compose, initialize_config_dir
+    """The settings of `clipkit <command> <arguments>`, as the command composes them; each choice of files is read once."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
     from clipkit.config import parse
     from clipkit.config.command_line import conf_dir, groups_of, hydra_arguments
 
-    shared, own = conf_dir() / "shared", conf_dir() / command
-    extra = [config_dir] if config_dir else []
-    overrides = hydra_arguments(arguments, schema, groups_of([shared, own, *extra]), implied)
-    search = ",".join(f"file://{folder}" for folder in (shared, *extra))
-    with initialize_config_dir(str(own), version_base="1.3"):
-        values = compose("config", [f"hydra.searchpath=[{search}]", *overrides])
+    folders = (conf_dir() / "shared", conf_dir() / command, *([config_dir] if config_dir else []))
+    groups = groups_of(folders)
+    overrides = hydra_arguments(arguments, schema, groups, implied)
+    files = tuple(text for text in overrides if text.partition("=")[0] in groups)
+    values = copy.deepcopy(composed(folders, files))
+    for one in OverridesParser.create().parse_overrides([text for text in overrides if text not in files]):
+        OmegaConf.update(values, one.key_or_group, one.value(), force_add=one.is_force_add())
     return parse(schema, OmegaConf.to_container(values, resolve=True))
+
+
+@functools.cache
+def composed(folders: tuple[Path, ...], files: tuple[str, ...]):
+    """What Hydra makes of the shared, the command's own and further folders of settings, for a choice of files."""
+    from hydra import compose, initialize_config_dir
+
+    shared, own, *more = folders
+    search = ",".join(f"file://{folder}" for folder in (shared, *more))
+    with initialize_config_dir(str(own), version_base="1.3"):
+        return compose("config", [f"hydra.searchpath=[{search}]", *files])
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +192,32 @@ def small_siglip_trunk(monkeypatch):
 
     monkeypatch.setitem(registry._model_entrypoints, "vit_test_patch8_siglip_32", vit_test_patch8_siglip_32)
     monkeypatch.setitem(SIGLIP_TRUNKS, (32, 2, 2, 64, 8), ("vit_test_patch8_siglip", (32,)))
+
+
+@pytest.fixture(scope="session")
+def written_tokenizers():
+    """Folders of write_clip_tokenizer with what it returned, by its arguments."""
+    return {}
+
+
+@pytest.fixture
+def tokenizer_is_written_once(written_tokenizers, tmp_path_factory, monkeypatch):
+    """Each export gets a copy of the tokenizer's folder: making it takes longer than the rest. Not for tests of itself."""
+    import shutil
+
+    from clipkit.interop.clip_tokenizer_folder import write_clip_tokenizer
+
+    def copy_of_the_first(folder, **options):
+        key = tuple(sorted(options.items()))
+        if key not in written_tokenizers:
+            first = tmp_path_factory.mktemp("tokenizer")
+            written_tokenizers[key] = first, write_clip_tokenizer(first, **options)
+        first, tokenizer = written_tokenizers[key]
+        shutil.copytree(first, folder, dirs_exist_ok=True)
+        return tokenizer
+
+    for module in ("text_encoder", "to_transformers", "onnx_export"):
+        monkeypatch.setattr(f"clipkit.interop.{module}.write_clip_tokenizer", copy_of_the_first)
 
 
 @pytest.fixture

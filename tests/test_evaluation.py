@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from clipkit.data.emoji import shards as emoji_shards_module
-from clipkit.data.emoji.pack import read_emoji_rows
+from clipkit.data.emoji.pack import EmojiRow, read_emoji_rows
 from clipkit.data.tars import BadSample
 from clipkit.evaluation import image_sets, nearest_neighbour, tasks, zero_shot
 from clipkit.evaluation.encode import encode_task, encode_texts, evaluation_mode
@@ -30,16 +30,23 @@ from clipkit.evaluation.tasks import Task, TaskSample, load_task
 from clipkit.evaluation.zero_shot import evaluate
 
 
+@pytest.fixture(scope="module")
+def few_rows() -> list[EmojiRow]:
+    rows = [row for row in read_emoji_rows() if row.style in ("emojitwo", "fxemoji", "streamline")]
+    return [row for split in ("val", "test_style", "test_concept") for row in [row for row in rows if row.split == split][:60]]
+
+
+@pytest.fixture(scope="module")
+def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def small_emoji(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache folder, with 60 drawings of each test split in the place of the whole set."""
-    rows = read_emoji_rows()
-    few = []
-    for split in ("val", "test_style", "test_concept"):
-        few += [row for row in rows if row.split == split and row.style in ("emojitwo", "fxemoji", "streamline")][:60]
-    monkeypatch.setattr(emoji_shards_module, "read_emoji_rows", lambda: few)
-    monkeypatch.setattr(tasks, "read_emoji_rows", lambda: few)
-    return tmp_path / "cache"
+def small_emoji(few_rows: list[EmojiRow], emoji_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder, with 60 drawings of each test split in the place of the whole set; the first test unpacks them."""
+    for module in (emoji_shards_module, tasks):
+        monkeypatch.setattr(module, "read_emoji_rows", lambda: few_rows)
+    return emoji_cache
 
 
 def png(seed: int) -> bytes:

@@ -18,6 +18,8 @@ from clipkit.model.folder import load_model, save_model_folder
 from tests.conftest import TINY, command_settings
 from tests.test_import import randomise
 
+pytestmark = pytest.mark.usefixtures("tokenizer_is_written_once")
+
 TEXT = {**TINY["text_cfg"], "layers": 3}
 # how the model differs from a plain CLIP, the padding, and what CLIPTextConfig has to say then
 TOWERS = {

@@ -27,7 +27,7 @@ def test_what_is_there_is_kept_unless_it_is_an_export_that_may_be_replaced(model
     (tmp_path / "photos").mkdir()
     (tmp_path / "file").write_text("")
     for taken in ("photos", "file"):
-        with pytest.raises(ValueError, match=r"no folder that an export wrote .*give another folder$"):
+        with pytest.raises(ValueError, match=r"no folder that clipkit wrote .*clipkit_export.json.*give another folder$"):
             clipkit.export_text_encoder(model, tmp_path / taken, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"te", "photos", "file"}
 

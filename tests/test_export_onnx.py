@@ -17,6 +17,8 @@ from clipkit.model.folder import load_model
 from tests.conftest import TINY, command_settings
 from tests.test_import import randomise, write_siglip
 
+pytestmark = pytest.mark.usefixtures("tokenizer_is_written_once")
+
 TEXTS = ["", "a red square!", "word " * 40]
 INPUTS = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 4), (1, 4), (7, 4))]
 

@@ -16,6 +16,8 @@ from clipkit.model.build import make_towers
 from clipkit.model.folder import save_model_folder
 from tests.test_export import make_model, settings
 
+pytestmark = pytest.mark.usefixtures("tokenizer_is_written_once")
+
 
 @pytest.mark.parametrize(("dtype", "cosine"), [("fp16", 0.9999), ("fp32", 1 - 1e-6)])
 def test_one_file_holds_the_tower_under_transformers_names(dtype, cosine, tmp_path, capsys):

@@ -18,6 +18,8 @@ from clipkit.model.image_text import stack_images
 from tests.conftest import TINY, command_settings
 from tests.test_import import randomise, write_siglip
 
+pytestmark = pytest.mark.usefixtures("tokenizer_is_written_once")
+
 VISION, TEXT = TINY["vision_cfg"], TINY["text_cfg"]
 ODD = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}, "mlp_ratio": 2.3}
 KINDS = {  # changes of model_cfg, and what transformers' vision_config has to say

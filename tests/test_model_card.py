@@ -17,6 +17,8 @@ from clipkit.model.folder import load_model, save_model_folder
 from tests.conftest import TINY, command_settings
 from tests.conftest import settings as run_settings
 
+pytestmark = pytest.mark.usefixtures("tokenizer_is_written_once")
+
 FACTS = {"model_class": "CLIPModel", "greatest_differences": {"image_embeds": 1.8e-7}, "notes": ["cut one pixel apart"],
          "cleaning": "lower case"}
 
