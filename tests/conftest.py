@@ -3,10 +3,10 @@
 Nothing heavy is imported above: the process that only hands tests to workers reads this file, too.
 """
 
-import copy
 import functools
 import gc
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -61,6 +61,30 @@ def make_once_of_each_kind(made: type) -> None:
     made.__init__ = make_or_share
 
 
+@pytest.fixture(scope="module")
+def drawn_curves() -> list[bytes]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def curves_are_drawn_once_a_file(drawn_curves, monkeypatch):
+    """Drawing the curves of a small run takes longer than the run: after the first of a file of tests, they are a copy."""
+    from clipkit.training import curves
+
+    draw = curves.plot_curves
+
+    def draw_or_copy(run_dir, out=None, **panels):
+        if not drawn_curves:
+            drawn_curves.append(draw(run_dir, out, **panels).read_bytes())
+        path = Path(out or Path(run_dir) / "curves.png")
+        path.write_bytes(drawn_curves[0])
+        return path
+
+    for user in (curves, sys.modules.get("clipkit.diffusion.reconstruction_report")):
+        if user:
+            monkeypatch.setattr(user, "plot_curves", draw_or_copy)
+
+
 @pytest.fixture
 def tiny_model():
     """A fresh, seeded CLIP with two very small Transformers (no batch statistics)."""
@@ -103,21 +127,21 @@ def command_settings(command: str, schema, *arguments: str, config_dir=None, imp
     groups = groups_of(folders)
     overrides = hydra_arguments(arguments, schema, groups, implied)
     files = tuple(text for text in overrides if text.partition("=")[0] in groups)
-    values = copy.deepcopy(composed(folders, files))
+    values = pickle.loads(composed(folders, files))
     for one in OverridesParser.create().parse_overrides([text for text in overrides if text not in files]):
         OmegaConf.update(values, one.key_or_group, one.value(), force_add=one.is_force_add())
     return parse(schema, OmegaConf.to_container(values, resolve=True))
 
 
 @functools.cache
-def composed(folders: tuple[Path, ...], files: tuple[str, ...]):
-    """What Hydra makes of the shared, the command's own and further folders of settings, for a choice of files."""
+def composed(folders: tuple[Path, ...], files: tuple[str, ...]) -> bytes:
+    """What Hydra makes of the shared, the command's own and further folders of settings, for a choice of files; pickled."""
     from hydra import compose, initialize_config_dir
 
     shared, own, *more = folders
     search = ",".join(f"file://{folder}" for folder in (shared, *more))
     with initialize_config_dir(str(own), version_base="1.3"):
-        return compose("config", [f"hydra.searchpath=[{search}]", *files])
+        return pickle.dumps(compose("config", [f"hydra.searchpath=[{search}]", *files]))
 
 
 @pytest.fixture(scope="session")

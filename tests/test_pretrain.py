@@ -27,12 +27,8 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(shards: str, *more: str, curves: bool = False) -> int | None:
-    """Train the small one; without its curves, which take longer to draw than it takes to learn."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not curves:
-            patch.setattr("clipkit.training.curves.plot_curves", lambda run_dir: None)
-        return pretrain(settings(*only_last((*SMALL, f"data.train={shards}", *more))))
+def run(shards: str, *more: str) -> int | None:
+    return pretrain(settings(*only_last((*SMALL, f"data.train={shards}", *more))))
 
 
 def only_last(given: tuple[str, ...], without: str = "") -> list[str]:
@@ -62,7 +58,7 @@ def assert_bit_equal(found, wanted):
 
 def test_a_run_leaves_everything_and_ends_well_again(shards, tmp_path, capsys):
     assert run(shards, "evaluation.tasks=[" + shards + "]", "evaluation.final_tasks=[" + shards + "]",
-               "log.to=[tensorboard]", "checkpoint.every_steps=4", curves=True) is None
+               "log.to=[tensorboard]", "checkpoint.every_steps=4") is None
     run_dir = tmp_path / "runs" / "small"
     names = {path.name for path in run_dir.iterdir()}
     assert {"config.yaml", "environment.json", "metrics.jsonl", "curves.png", "predictions.png", "checkpoints", "model",
