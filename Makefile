@@ -10,13 +10,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 UV := sh scripts/uv.sh $(BIN)/python
 INSTALLED := $(VENV)/installed
+PEERS ?= .venv-open-clip
+PEERS_INSTALLED := $(PEERS)/installed
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--index $(TORCH_INDEX) --index-strategy unsafe-best-match) $(TORCH)
 DEFAULT_DOWNLOAD = $(if $(filter Darwin,$(shell uname -s)),about 0.4 GB,about 3 GB (torch with CUDA; 6 GB on disk))
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 DOWNLOAD = $(if $(TORCH)$(TORCH_INDEX)$(UV_TORCH_BACKEND),torch as chosen and what it needs,$(DEFAULT_DOWNLOAD))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint wheel clean
+.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint bench wheel clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,11 +67,14 @@ lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+bench: $(INSTALLED) $(PEERS_INSTALLED) ## measure clipkit beside open_clip_train on this CPU (docs/benchmarks.md)
+	$(BIN)/python -m scripts.bench --peer-python $(PEERS)/bin/python $(ARGS)
+
 wheel: $(INSTALLED) ## build dist/*.whl, install it in an empty environment and run it from another folder
 	sh scripts/check_wheel.sh $(BIN)/python
 
 clean: ## remove .venv, caches and built files; runs/ stays
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) dist build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml
@@ -83,4 +88,14 @@ $(INSTALLED): pyproject.toml
 	@$(UV) pip install $(TORCH_OPTIONS) -e '.[dev]'
 	@$(BIN)/python -c 'import torch, torchvision as v; print("Ready: torch", torch.__version__, "torchvision", v.__version__)' \
 		2>/dev/null || { echo 'torch and torchvision are not of one build; give both, see TORCH in make help' >&2; exit 1; }
+	@touch $@
+
+# open_clip_train 3.3 ends at the first shard's end with webdataset >= 0.2.96, so it gets an environment of its own.
+$(PEERS_INSTALLED): $(INSTALLED)
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@torch=$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])'); \
+	vision=$$($(BIN)/python -c 'import torchvision; print(torchvision.__version__.split("+")[0])'); \
+	sh scripts/uv.sh $(BIN)/python pip install --python $(PEERS)/bin/python $(if $(TORCH_INDEX),--index $(TORCH_INDEX) \
+		--index-strategy unsafe-best-match) "torch==$$torch" "torchvision==$$vision" open_clip_torch==3.3.0 webdataset==0.2.86 \
+		pandas fsspec tqdm psutil
 	@touch $@

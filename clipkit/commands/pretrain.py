@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,8 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     optimizer = make_optimizer(list(model.towers.named_parameters()), name=config.optim.name, recipe=config.optim.recipe,
                                lr=config.optim.lr, weight_decay=config.optim.weight_decay, beta1=config.optim.beta1,
                                beta2=config.optim.beta2, eps=config.optim.eps)
-    cost = estimate_step(model, batch_size=size // process.world_size, precision=config.train.precision)
+    cost = estimate_step(model, batch_size=size // process.world_size, micro_batch_size=config.train.micro_batch_size,
+                         precision=config.train.precision)
     seed_all(config.seed + 1 + process.rank)  # dropout differs between processes
     average = WeightAverage(model.towers, config.train.ema_decay) if config.train.ema_decay else None
     if saved:
@@ -120,8 +122,9 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
 
 def train(t: Training, start: int) -> int | None:
     """Run the steps from `start` to the end of the plan. Legend: B batch (this process), L tokens, D embed_dim."""
-    from clipkit.losses import LOSSES
+    from clipkit.losses import make_loss
     from clipkit.training.due import Timetable
+    from clipkit.training.gradient_cache import cached_backward
     from clipkit.training.meter import Meter
     from clipkit.training.optim import clip_gradient, optimizer_step, set_learning_rate
     from clipkit.training.precision import autocast
@@ -130,7 +133,8 @@ def train(t: Training, start: int) -> int | None:
     from clipkit.training.watch import Watch
 
     config, plan, log = t.config, t.plan, t.log
-    loss_function = LOSSES[config.loss.name]
+    loss_function = make_loss(config.loss.name, block_size=config.loss.block_size, bf16=config.loss.bf16)
+    forward_context = partial(autocast, t.process.device, config.train.precision)
     masked = config.loss.mask_false_negatives != "none"
     learned = [parameter for group in t.optimizer.param_groups for parameter in group["params"]]
     meter = Meter(global_batch_size=plan.global_batch_size, num_samples=plan.num_samples,
@@ -149,10 +153,15 @@ def train(t: Training, start: int) -> int | None:
             lr = learning_rate(step, name=config.schedule.name, peak=config.optim.lr, warmup=plan.warmup_steps,
                                total_steps=plan.total_steps, cooldown=config.schedule.cooldown)
             set_learning_rate(t.optimizer, lr)
-            with autocast(t.process.device, config.train.precision):
-                features = t.parallel(batch.images, batch.tokens)  # image_features (B, D), text_features (B, D), ...
-            loss = loss_function(*features, group_ids=batch.group_ids if masked else None)
-            loss.backward()
+            loss_of = partial(loss_function, group_ids=batch.group_ids if masked else None)
+            if config.train.micro_batch_size:
+                features, loss = cached_backward(t.parallel, batch.images, batch.tokens, loss=loss_of, autocast=forward_context,
+                                                 micro_batch_size=config.train.micro_batch_size)
+            else:
+                with forward_context():
+                    features = t.parallel(batch.images, batch.tokens)  # image_features (B, D), text_features (B, D), ...
+                loss = loss_of(*features)
+                loss.backward()
             grad_norm = clip_gradient(learned, config.optim.max_grad_norm)
             skipped = optimizer_step(t.optimizer, grad_norm)
             t.model.clamp_logit_scale()
@@ -179,7 +188,9 @@ def make_model(config: PretrainConfig) -> Any:
     """Build the towers and lock what is to be locked."""
     import torch
 
+    from clipkit.model.attention import fuse_attention
     from clipkit.model.build import build_model, lock_towers
+    from clipkit.model.image_text import has_batch_statistics
 
     settings = config.model
     model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
@@ -189,29 +200,42 @@ def make_model(config: PretrainConfig) -> Any:
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
     if config.loss.name == "clip" and model.towers.logit_bias is not None:
         model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
+    if config.train.fused_attention:
+        fuse_attention(model.towers, causal_text=model.trims_text)
     if config.train.activation_checkpointing:
         model.towers.set_grad_checkpointing(True)
     if config.train.channels_last:  # before the optimizer is made or taken up: its state has the weights' layout
         model.towers.visual.to(memory_format=torch.channels_last)
+    if config.train.micro_batch_size and has_batch_statistics(model) and not config.train.micro_batch_norm:
+        raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}, and the model has BatchNorm, whose statistics "
+                         "would be those of a micro-batch; choose a tower without, lock it, or allow it with "
+                         "train.micro_batch_norm=true")
     return model
 
 
 def make_parallel(config: PretrainConfig, process: Any, model: Any) -> Any:
-    """Wrap the model for several processes (DDP averages gradients) and compile it, as asked."""
+    """Compile the towers, and wrap the model for several processes (DDP averages gradients), as asked."""
     import torch
 
+    from clipkit.model.image_text import compile_towers
     from clipkit.training import parallel
 
     if process.world_size > 1 and process.device.type == "cuda" and config.parallel.sync_batch_norm:
         model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)
-    return parallel.make_parallel(model, process, compile=config.train.compile)
+    if config.train.compile:
+        compile_towers(model)
+    return parallel.make_parallel(model, process, compile=False)
 
 
 def device_batches(t: Training) -> Iterator[Any]:
-    """This process's batches on its device, without end; `train.overfit_batches` repeats the first few."""
+    """This process's batches on its device, without end; `train.overfit_batches` repeats the first few.
+
+    Tokens that are to be trimmed stay on the host, which reads their lengths.
+    """
     num = t.config.train.overfit_batches
     for batch in cycle(list(islice(t.loader, num))) if num else t.loader:
-        yield type(batch)(*(tensor.to(t.process.device, non_blocking=True) for tensor in batch))
+        on_device = type(batch)(*(tensor.to(t.process.device, non_blocking=True) for tensor in batch))
+        yield on_device._replace(tokens=batch.tokens) if t.model.trims_text else on_device
 
 
 def evaluate_and_log(t: Training, step: int) -> None:

@@ -12,7 +12,7 @@ from clipkit.config.optim import OptimConfig
 from clipkit.config.parallel import ParallelConfig
 from clipkit.config.schedule import ScheduleConfig
 from clipkit.config.schema import setting
-from clipkit.config.train import TrainConfig
+from clipkit.config.train import ContrastiveTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class PretrainConfig:
     loss: LossConfig
     optim: OptimConfig
     schedule: ScheduleConfig
-    train: TrainConfig
+    train: ContrastiveTrainConfig
     parallel: ParallelConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig

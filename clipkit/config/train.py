@@ -24,3 +24,11 @@ class TrainConfig:
         if (self.samples is None) == (self.epochs is None):
             raise ValueError(f"give one of train.samples (now {self.samples}) and train.epochs (now {self.epochs}); "
                              "set the other to null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveTrainConfig(TrainConfig):
+    micro_batch_size: int | None = setting("rows of a process whose activations are held at once; the gradient stays that of the "
+                                           "whole batch, for one more forward pass; null = all", positive, runtime=True)
+    fused_attention: bool = setting("attention of open_clip's Transformers in one call; same results", runtime=True)
+    micro_batch_norm: bool = setting("allow micro-batches with a BatchNorm, whose statistics are then those of a micro-batch")

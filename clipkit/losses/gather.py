@@ -24,13 +24,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:  # ((G, ...),) -> (B, ...)
-        total = grads[0].contiguous()
-        if dist.get_backend() == "gloo":  # has no reduce-scatter
-            dist.all_reduce(total)
-            return total.chunk(world_size())[rank()]
-        own = total.new_empty(len(total) // world_size(), *total.shape[1:])
-        dist.reduce_scatter_tensor(own, total)
-        return own
+        return sum_to_owners(grads[0].contiguous())
 
 
 def gather_with_grad(rows: Tensor) -> Tensor:
@@ -50,3 +44,26 @@ def gather(rows: Tensor) -> Tensor:
     """Concatenate the rows of all processes in rank order, without gradient. (B, ...) -> (G, ...)."""
     with torch.no_grad():
         return gather_with_grad(rows)
+
+
+def sum_to_owners(grads: Tensor) -> Tensor:
+    """Sum what each process has for the rows of all; each gets its own rows. Writes to `grads`. (G, ...) -> (B, ...)."""
+    if world_size() == 1:
+        return grads
+    if dist.get_backend() == "gloo":  # has no reduce-scatter
+        dist.all_reduce(grads)
+        return grads.chunk(world_size())[rank()]
+    own = grads.new_empty(len(grads) // world_size(), *grads.shape[1:])
+    dist.reduce_scatter_tensor(own, grads)
+    return own
+
+
+def add_exp_of_processes(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Add sums x exp(peaks) over all processes without overflow; returns the highest peaks and the sums to them. (N,), (N,)."""
+    if world_size() == 1:
+        return peaks, sums
+    highest = peaks.clone()  # (N,)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    total = sums * (peaks - highest).exp_()  # (N,)
+    dist.all_reduce(total)
+    return highest, total

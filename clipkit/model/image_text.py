@@ -130,6 +130,13 @@ class ImageTextModel(nn.Module):
         return self.towers.logit_scale.device
 
 
+def compile_towers(model: ImageTextModel) -> None:
+    """Let torch compile both towers, in place. What trims the text stays outside: it reads lengths on the host."""
+    model.towers.visual.compile()
+    text = model.towers.transformer if hasattr(model.towers, "transformer") else model.towers.text
+    text.compile()  # the second length that it meets makes it compile once more, for any length
+
+
 def has_batch_statistics(model: nn.Module) -> bool:
     """True if a module that learns normalises by the statistics of its batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in module.parameters())

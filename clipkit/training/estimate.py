@@ -19,13 +19,15 @@ class StepCost(NamedTuple):
     seconds: float | None  # forward and backward; None on an accelerator, where few rows say little
 
 
-def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, optimizer_tensors: int = 2) -> StepCost:
+def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, micro_batch_size: int | None = None,
+                  optimizer_tensors: int = 2) -> StepCost:
     """Run a few rows forward and backward, in evaluation mode so that nothing in the model changes.
 
     Args:
       model: On its device.
       batch_size: Rows of this process.
       precision: As in training.
+      micro_batch_size: Rows whose activations are held at once, at the price of one more forward pass; None = all.
       optimizer_tensors: Tensors that the optimizer and an average keep for each weight.
     """
     rows = min(PROBE_ROWS, batch_size)
@@ -53,6 +55,8 @@ def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, opt
     weights = sum(tensor.nbytes for tensor in model.parameters())
     learning = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
     storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    activations = sum(size for storage, size in kept.items() if storage not in storages) * batch_size / rows
+    activations = sum(size for storage, size in kept.items() if storage not in storages)
+    activations *= min(micro_batch_size or batch_size, batch_size) / rows
+    passes = 4 / 3 if micro_batch_size else 1  # a backward pass costs about two forward passes
     return StepCost((weights + (1 + optimizer_tensors) * learning + activations) / 1e9,
-                    seconds * batch_size / rows if model.device.type == "cpu" else None)
+                    passes * seconds * batch_size / rows if model.device.type == "cpu" else None)

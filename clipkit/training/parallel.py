@@ -12,6 +12,6 @@ def make_parallel(module: nn.Module, process: Process, *, compile: bool) -> Any:
     """Wrap a module so that its gradients are averaged over the processes (DDP), and compile it, as asked."""
     parallel = module
     if process.world_size > 1:
-        device_ids = [process.local_rank] if process.device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+        # without device_ids, so that DDP moves no inputs: tokens may stay on the host (model/trim.py)
+        parallel = nn.parallel.DistributedDataParallel(module)
     return compile_module(parallel) if compile else parallel
