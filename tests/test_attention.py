@@ -29,7 +29,8 @@ def test_fused_attention_gives_features_and_gradients_of_open_clip_in_float64(ca
     assert fuse_attention(fused.towers, causal_text=fused.trims_text) == 2
     assert fused.trims_text == causal
     assert list(fused.state_dict()) == list(model.state_dict())
-    images, tokens = torch.randn(3, 3, 32, 32, dtype=torch.float64), model.tokenize(["a", "red square", "two blue cats on a mat"])
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    tokens = model.tokenize(["a", "red square", "two blue cats on a mat"])
     wanted, wanted_gradients = features_and_gradients(model, images, tokens)
     found, gradients = features_and_gradients(fused, images, tokens)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -57,11 +58,12 @@ def test_blocks_of_other_kinds_stay_as_they_are():
     assert not can_pack(model.towers)
 
 
-TEXTS = ["a", "red square", "two blue cats on a mat", "", "rain again", "two", "a much longer caption that is cut at the end of it"]
+TEXTS = ["a", "red square", "two blue cats on a mat", "", "rain again", "two", "a much longer caption that is cut at the end"]
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"ls_init_value": 0.1}, {"proj_type": "linear", "proj_bias": True}, {"proj_type": "none"}],
+@pytest.mark.parametrize("options", [{}, {"ls_init_value": 0.1}, {"proj_type": "linear", "proj_bias": True},
+                                     {"proj_type": "none"}],
                          ids=["plain", "layer scale", "linear projection", "no projection"])
 def test_packed_captions_give_features_and_gradients_of_open_clip_in_float64(options, layers):
     torch.manual_seed(0)

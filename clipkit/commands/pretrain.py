@@ -70,7 +70,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     Returns:
       What the loop works with, and the step to begin at.
     """
-    from clipkit.data.loader import make_train_loader
+    from clipkit.data.loader import default_workers, make_train_loader
     from clipkit.data.samples import PictureExamples
     from clipkit.training.average import WeightAverage
     from clipkit.training.estimate import estimate_step
@@ -81,6 +81,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.run_folder import check_run_name
     from clipkit.training.run_log import RunLog
     from clipkit.training.step_timer import StepTimer
+    from clipkit.training.threads import settle_threads
 
     data, size = config.data, config.train.global_batch_size
     shards, all_shards, plan = plan_run(data, config.train, config.schedule, world_size=process.world_size)
@@ -94,6 +95,10 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     optimizer = make_optimizer(list(model.towers.named_parameters()), name=config.optim.name, recipe=config.optim.recipe,
                                lr=config.optim.lr, weight_decay=config.optim.weight_decay, beta1=config.optim.beta1,
                                beta2=config.optim.beta2, eps=config.optim.eps)
+    if config.train.threads == 0 and process.device.type == "cpu":
+        settle_threads(model, saved.state if saved else None, batch_size=size // process.world_size,
+                       workers=default_workers(process.local_world_size) if data.workers is None else data.workers,
+                       local_world_size=process.local_world_size, precision=config.train.precision)
     cost = estimate_step(model, batch_size=size // process.world_size, micro_batch_size=config.train.micro_batch_size,
                          precision=config.train.precision)
     seed_all(config.seed + 1 + process.rank)  # dropout differs between processes
@@ -207,8 +212,8 @@ def make_model(config: PretrainConfig) -> Any:
     if config.train.channels_last:  # before the optimizer is made or taken up: its state has the weights' layout
         model.towers.visual.to(memory_format=torch.channels_last)
     if config.train.micro_batch_size and has_batch_statistics(model) and not config.train.micro_batch_norm:
-        raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}, and the model has BatchNorm, whose statistics "
-                         "would be those of a micro-batch; choose a tower without, lock it, or allow it with "
+        raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}, and the model has BatchNorm, whose "
+                         "statistics would be those of a micro-batch; choose a tower without, lock it, or allow it with "
                          "train.micro_batch_norm=true")
     return model
 

@@ -77,17 +77,17 @@ def fuse_attention(towers: Any, *, causal_text: bool) -> int:
         attention.__class__ = FusedSelfAttention
         attention.is_causal = causal_text and name.startswith("transformer.")  # where open_clip's CLIP has its text tower
     visual = towers.visual
-    if type(visual) is VisionTransformer and visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens \
-            and visual.transformer.batch_first and type(visual.transformer.resblocks[-1]) is ResidualAttentionBlock:
+    if (type(visual) is VisionTransformer and visual.pool_type == "tok" and visual.attn_pool is None
+            and not visual.output_tokens and is_plain_block(visual.transformer.resblocks[-1])):
         visual.transformer.resblocks[-1].__class__ = ClassTokenBlock
     return len(plain)
 
 
-def unfuse_attention(towers: nn.Module) -> None:
+def unfuse_attention(towers: Any) -> None:
     """Undo `fuse_attention`."""
     for module in towers.modules():
         if type(module) is FusedSelfAttention:
             del module.is_causal
-            module.__class__ = nn.MultiheadAttention
+            module.__class__ = nn.MultiheadAttention  # pyright: ignore[reportAttributeAccessIssue]
         elif type(module) is ClassTokenBlock:
-            module.__class__ = ResidualAttentionBlock
+            module.__class__ = ResidualAttentionBlock  # pyright: ignore[reportAttributeAccessIssue]

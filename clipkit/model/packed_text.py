@@ -50,8 +50,9 @@ def encode_packed(towers: Any, tokens: Tensor) -> Tensor:
 def _attend(attention: Any, x: Tensor, groups: list[tuple[int, int]]) -> Tensor:
     """Causal self-attention within each caption: (T, F) -> (T, F). `groups`: (length, captions) in their order in x."""
     together = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (T, 3F)
+    parts = together.split([length * captions for length, captions in groups])
     mixed = []
-    for (length, captions), rows in zip(groups, together.split([length * captions for length, captions in groups]), strict=True):
+    for (length, captions), rows in zip(groups, parts, strict=True):
         query, key, value = rows.view(captions, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (captions, heads, length, F/heads)
         mixed.append(seen.transpose(1, 2).reshape(captions * length, -1))

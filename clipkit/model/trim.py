@@ -81,12 +81,18 @@ def encode_by_length(towers: Any, tokens: Tensor, *, batch_size: int, device: to
     Yields:
       (rows (b,) of `tokens`, on the CPU; their features (b, D), not normalised, on the device), each row once.
     """
+    from clipkit.model.packed_text import can_pack, encode_packed
+
+    packs = device.type == "cpu" and can_pack(towers)
     lengths = tokens.argmax(dim=-1) + 1  # (T,)
     order = lengths.argsort(stable=True)  # (T,)
     present, counts = lengths.unique(return_counts=True)  # (number of lengths,), rising
     for length, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
         rows_at_once = max(1, batch_size * tokens.shape[1] // length)
         for part in rows.split(min(rows_at_once, CPU_ROWS) if device.type == "cpu" else rows_at_once):
+            if packs:
+                yield part, encode_packed(towers, tokens[part])
+                continue
             cut = tokens[part, :length].to(device, non_blocking=True)  # (b, length)
             yield part, type(towers).encode_text(_Cut(towers, length), cut)
 

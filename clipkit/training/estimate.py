@@ -31,27 +31,19 @@ def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, mic
       optimizer_tensors: Tensors that the optimizer and an average keep for each weight.
     """
     rows = min(PROBE_ROWS, batch_size)
-    images = torch.zeros(rows, 3, model.image_size, model.image_size, dtype=torch.uint8, device=model.device)  # (b, 3, H, W)
-    tokens = model.tokenize(["a"]).to(model.device).expand(rows, -1)  # (b, L)
     kept: dict[int, int] = {}  # bytes of each storage that backward needs
 
     def remember(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     seconds = 0.0
     for _ in range(2):  # the first time pays for what libraries set up once
         begin = time.perf_counter()
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), autocast(model.device, precision):
-            features = model(images, tokens)
-        (features.image_features.sum() + features.text_features.sum() + features.logit_scale).backward()
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            forward_backward(model, rows=rows, precision=precision)
         seconds = time.perf_counter() - begin
-        model.zero_grad(set_to_none=True)
-    for module, training in modes:
-        module.training = training
     weights = sum(tensor.nbytes for tensor in model.parameters())
     learning = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
     storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
@@ -60,3 +52,17 @@ def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, mic
     passes = 4 / 3 if micro_batch_size else 1  # a backward pass costs about two forward passes
     return StepCost((weights + (1 + optimizer_tensors) * learning + activations) / 1e9,
                     passes * seconds * batch_size / rows if model.device.type == "cpu" else None)
+
+
+def forward_backward(model: ImageTextModel, *, rows: int, precision: str) -> None:
+    """Take black pictures and short texts forward and backward; the model is left as it was, without gradients."""
+    images = torch.zeros(rows, 3, model.image_size, model.image_size, dtype=torch.uint8, device=model.device)  # (b, 3, H, W)
+    tokens = model.tokenize(["a"]).expand(rows, -1)  # (b, L)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with autocast(model.device, precision):
+        features = model(images, tokens if model.trims_text else tokens.to(model.device))
+    (features.image_features.sum() + features.text_features.sum() + features.logit_scale).backward()
+    model.zero_grad(set_to_none=True)
+    for module, training in modes:
+        module.training = training

@@ -70,7 +70,8 @@ def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.opt
         save_checkpoint(run_dir, step=step, model_state=module.state_dict(), optimizer=optimizer,
                         parameter_names=parameter_names(optimizer, module),
                         ema_state=average.weights if average else None,
-                        state={"loader": position, "shards": [Path(shard).name for shard in shards]},
+                        state={"loader": position, "shards": [Path(shard).name for shard in shards],
+                               "threads": torch.get_num_threads()},
                         random_states=random_states)
         if isinstance(model, ImageTextModel):
             save_model_folder(model, run_dir / "model", average.weights if average else None)
