@@ -18,7 +18,7 @@ WORKERS := -n logical --maxprocesses 4 --dist loadfile
 DOWNLOAD = $(if $(TORCH)$(TORCH_INDEX)$(UV_TORCH_BACKEND),torch as chosen and what it needs,$(DEFAULT_DOWNLOAD))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint bench wheel clean
+.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint bench bench-gpu wheel clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ lint: $(INSTALLED) ## check style and types
 
 bench: $(INSTALLED) $(PEERS_INSTALLED) ## measure clipkit beside open_clip_train on this CPU (docs/benchmarks.md)
 	$(BIN)/python -m scripts.bench --peer-python $(PEERS)/bin/python $(ARGS)
+
+bench-gpu: $(INSTALLED) $(PEERS_INSTALLED) ## the same on a GPU: steps of ViT-B/32, B/16 and L/14, MFU, kernels
+	$(BIN)/python -m scripts.bench.gpu --peer-python $(PEERS)/bin/python $(ARGS)
 
 wheel: $(INSTALLED) ## build dist/*.whl, install it in an empty environment and run it from another folder
 	sh scripts/check_wheel.sh $(BIN)/python

@@ -102,8 +102,9 @@ def compare(case: Case, arms: dict[str, Arm], folder: Path, shards: list[str], *
     turns = take_turns({name: lambda name=name: turn(name) for name in arms}, rounds=rounds)
     return make_figure(
         case.bench, f"{case.model}, {case.mix} captions, B = {case.batch_size}", turns,
-        unit="CPU s" if device == "cpu" else "s", peer_version=versions["peer"]["version"], threads=1, device=None if device == "cpu" else device, precision=precision,
-        largest_relative_difference=equal, micro_batches=case.micro_batches, torch=versions["ours"]["torch"],
+        unit="CPU s" if device == "cpu" else "s", peer_version=versions["peer"]["version"], threads=1,
+        device=None if device == "cpu" else device, precision=precision, largest_relative_difference=equal,
+        micro_batches=case.micro_batches, torch=versions["ours"]["torch"],
         wall_seconds={name: [one["wall"] / case.steps for one in answers[1:]] for name, answers in found.items()},
         peak_memory_gb={name: max(one["memory"] for one in answers[1:]) / 1e9 for name, answers in found.items()})
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +77,8 @@ def serve(make: Callable[..., Trainer]) -> None:
         if task == "steps":
             trainer.steps(**request)
             return trainer.clock.found()
+        if task == "profile":
+            return {"kernels": profile(trainer, **request)}
         return backward(trainer, task, **request)
 
     answer(respond)
@@ -98,3 +101,17 @@ def backward(trainer: Trainer, task: str, to: str | None = None) -> dict[str, An
         save_file({name: grad.detach().float().cpu().contiguous() for name, grad in learned.items()}, to)
     trainer.towers.zero_grad(set_to_none=True)
     return {"value": value.item(), **trainer.clock.found()}
+
+
+def profile(trainer: Trainer, to: str, rows: int = 20) -> list[str]:
+    """Profile two steps; write the table of what takes the most time to a file, and return its names."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    on_gpu = trainer.clock.on_gpu
+    with profiled(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
+        trainer.steps(2)
+    averages, key = found.key_averages(), f"self_{'device' if on_gpu else 'cpu'}_time_total"
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
+    Path(to).write_text(averages.table(sort_by=key, row_limit=rows, max_name_column_width=80) + "\n")
+    return [event.key for event in sorted(averages, key=lambda event: -getattr(event, key))[:rows]]
