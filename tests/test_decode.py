@@ -285,6 +285,11 @@ def test_crop_and_resize_is_torchvisions_bit_for_bit(size: int) -> None:
     assert torch.equal(ours, theirs)
 
 
+def test_a_crop_is_resized_to_channels_last_without_a_planar_detour() -> None:
+    ours = crop_and_resize(smooth_picture(), (3, 5, 40, 70), 32)
+    assert ours.permute(1, 2, 0).is_contiguous()
+
+
 def test_a_crop_of_the_right_size_keeps_its_pixels() -> None:
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     assert (crop_and_resize(image, (4, 6, 16, 16), 16).permute(1, 2, 0).numpy() == image[4:20, 6:22]).all()

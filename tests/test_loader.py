@@ -82,7 +82,7 @@ def steps(loaders: list[TrainLoader], count: int) -> list[list[torch.Tensor]]:
 def assert_same(one, other) -> None:
     assert len(one) == len(other)
     for batch, expected in zip(one, other, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(batch, expected, strict=True))
 
 
 ORDERS = [{}, {"weights": (1.0, 2.0)}, {"resampled": True}, {"weights": (1.0, 2.0), "resampled": True}]
@@ -93,6 +93,7 @@ def test_batches_are_the_lanes_in_order_each_with_its_own_samples(sources, chang
     given = steps([make(sources, rows=8, **changes)], 12)
     assert (given[0][0].shape, given[0][0].dtype) == ((8, 3, 6, 6), torch.uint8)
     assert [column.dtype for column in given[0]] == [torch.uint8, torch.int32, torch.int64]
+    assert given[0][0].is_contiguous(memory_format=torch.channels_last)
     rows: list[list[Example]] = []
     for number in range(4):
         lane = Lane(sources, lane=number, lanes=4, seed=4, block_samples=8, weights=changes.get("weights"),

@@ -41,7 +41,7 @@ def augment(image: np.ndarray, *, image_size: int, config: AugmentConfig, rng: r
       rng: the only source of randomness.
 
     Returns:
-      (3, image_size, image_size) uint8, contiguous.
+      (3, image_size, image_size) uint8, channels last in memory; nothing of `image` is shared.
     """
     if config.disc and rng.random() < config.disc:
         image = cut_disc(image)
@@ -54,8 +54,8 @@ def augment(image: np.ndarray, *, image_size: int, config: AugmentConfig, rng: r
     colour_steps = random_colour(config, rng)
     blur = rng.uniform(-config.sharpness, config.sharpness) if config.sharpness else 0.0
     if tone is not None:
-        image = tone[image]
-    pixels = crop_and_resize(image, box, work_size if affine or mesh else image_size)  # (3, S, S), channels last
+        image = np.take(tone, image)
+    pixels = crop_and_resize(image, box, work_size if affine or mesh else image_size)  # (3, S, S)
     if affine or mesh or colour_steps or blur:
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # Pillow is 2 to 3 times faster here than torch
         if affine or mesh:
@@ -67,9 +67,9 @@ def augment(image: np.ndarray, *, image_size: int, config: AugmentConfig, rng: r
             picture = Image.blend(picture, picture.filter(ImageFilter.BoxBlur(1)), blur)  # below 0: sharper
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(image_size, image_size, 3).permute(2, 0, 1)
-    if flip:
-        pixels = pixels.flip(2)
-    return pixels.contiguous()
+    elif box[2:] == (image_size, image_size):
+        pixels = pixels.clone()  # no resize: still a view of `image`
+    return pixels.flip(2) if flip else pixels
 
 
 def random_crop_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
@@ -88,9 +88,10 @@ def random_crop_box(height: int, width: int, scale: tuple[float, float], ratio: 
 
     Source: torchvision.transforms.v2.RandomResizedCrop (same algorithm, another generator).
     """
+    lowest, highest = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(lowest, highest))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
@@ -109,7 +110,8 @@ def cut_disc(image: np.ndarray) -> np.ndarray:
       (S, S, 3) uint8, white outside the disc, where S is the shorter side of the box around all that is not white, but
       at least DISC_MIN_SHARE of the longer one; the picture itself where it is all white.
     """
-    drawn = np.any(image < NEARLY_WHITE, axis=2)  # (H, W)
+    red, green, blue = np.moveaxis(image < NEARLY_WHITE, 2, 0)  # (H, W) each; ten times as fast as np.any over the channels
+    drawn = red | green | blue
     rows, columns = np.flatnonzero(np.any(drawn, axis=1)), np.flatnonzero(np.any(drawn, axis=0))
     if not len(rows):
         return image

@@ -98,10 +98,11 @@ def crop_and_resize(image: np.ndarray, box: tuple[int, int, int, int], size: int
       (3, size, size) uint8 with channels last in memory; where the box has this size already, a view of `image`.
     """
     top, left, height, width = box
-    crop = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)  # (3, h, w), channels last
-    if (height, width) == (size, size):
-        return crop
-    return F.interpolate(crop[None], size=(size, size), mode="bicubic", antialias=True)[0]  # (3, size, size)
+    crop = torch.from_numpy(image[top : top + height, left : left + width])[None]  # (1, h, w, 3)
+    pixels = crop.permute(0, 3, 1, 2)  # not permuted first: then the stride of the one row would hide the layout from torch
+    if (height, width) != (size, size):
+        pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    return pixels[0]
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, fast_size: int | None) -> np.ndarray | None:

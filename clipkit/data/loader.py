@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipkit.data.batch import Batch
 from clipkit.data.lanes import check_lanes, start_of_lane
-from clipkit.data.parts import LaneStreams, Part
+from clipkit.data.parts import LaneStreams, Part, empty_rows
 from clipkit.data.samples import Examples
 from clipkit.data.tars import BadSample, DataError
 
@@ -175,7 +175,7 @@ def _join(parts: Sequence[Part], pin_memory: bool) -> Batch:
     columns = []
     for name in Batch._fields:
         pieces = [getattr(part, name) for part in parts]
-        rows = torch.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=pieces[0].dtype, pin_memory=pin_memory)
+        rows = empty_rows(sum(map(len, pieces)), pieces[0].shape[1:], pieces[0].dtype, pin_memory=pin_memory)
         columns.append(torch.cat(pieces, out=rows))
     return Batch(*columns)
 

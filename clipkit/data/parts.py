@@ -22,12 +22,18 @@ MAX_BAD_RUN = 1000  # bad samples in a row after which a lane judges their share
 class Part(NamedTuple):
     """What one worker adds to a batch: the rows of its lanes, in lane order. Legend: P rows of the part."""
 
-    images: Tensor  # (P, 3, H, W) uint8, or what `LaneStreams.examples` makes in its place
+    images: Tensor  # (P, 3, H, W) uint8, channels last, or what `LaneStreams.examples` makes in its place
     tokens: Tensor  # (P, L) int32
     group_ids: Tensor  # (P,) int64
     positions: dict[str, dict[str, Any]]  # of each lane after these rows
     bad: dict[str, BadSample]  # by cause, the last one met on the way
     failure: str  # why a lane gave up, else ""; the rows are then not complete
+
+
+def empty_rows(num: int, shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False) -> Tensor:
+    """Memory for `num` rows; pictures (uint8) are channels last in it, as they are decoded: a transpose would cost a pass."""
+    layout = torch.channels_last if dtype == torch.uint8 else torch.contiguous_format
+    return torch.empty((num, *shape), dtype=dtype, memory_format=layout, pin_memory=pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,7 @@ class LaneStreams:
         failure = ""
         while not failure:
             num_rows = len(lanes) * self.rows_per_lane
-            images = torch.empty((num_rows, *self.examples.shape), dtype=self.examples.dtype)  # (P, 3, H, W)
+            images = empty_rows(num_rows, self.examples.shape, self.examples.dtype)  # (P, 3, H, W)
             captions, group_ids = [], []
             try:
                 for row in range(num_rows):

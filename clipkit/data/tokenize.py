@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+
+MAX_WORDS = 2**16  # whose ids are kept; some 20 MB
+NUM_SPECIAL_TOKENS = 2  # start and end of text
 
 
 class Tokenizer:
@@ -13,9 +18,35 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.context_length: int = tokenizer.context_length
+        self._is_clips = _is_clips(tokenizer)
+        self._ids_of_word: dict[str, list[int]] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        return self.tokenizer(list(texts)).int()  # (N, L)
+        if not self._is_clips:
+            return self.tokenizer(list(texts)).int()  # (N, L)
+        tokens = np.zeros((len(texts), self.context_length), np.int32)  # (N, L)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [self.tokenizer.sot_token_id, *self._encode(text)][: self.context_length - 1]
+            row[: len(ids) + 1] = [*ids, self.tokenizer.eot_token_id]
+        return torch.from_numpy(tokens)
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text, as the tokenizer's own `encode` gives them.
+
+        CLIP's tokens never reach over a space, and its cleaning (ftfy, html.unescape) does nothing to printable ASCII
+        without "&": such words are encoded once.
+        """
+        if not (text.isascii() and text.isprintable()) or "&" in text:
+            return self.tokenizer.encode(text)
+        ids = []
+        for word in text.split():
+            found = self._ids_of_word.get(word)
+            if found is None:
+                if len(self._ids_of_word) >= MAX_WORDS:
+                    self._ids_of_word.clear()
+                found = self._ids_of_word[word] = self.tokenizer.encode(word)
+            ids += found
+        return ids
 
     def count_cut(self, texts: Sequence[str]) -> int:
         """Count the texts with more tokens than the context holds; the rest of each is cut off."""
@@ -31,6 +62,14 @@ class Tokenizer:
         inner = getattr(self.tokenizer, "tokenizer", None)
         if inner is not None:
             inner.save_pretrained(folder)
+
+
+def _is_clips(tokenizer: Any) -> bool:
+    """Whether it is CLIP's own, without further special tokens (which may hold spaces) and without shortening of texts."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return (isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None
+            and len(tokenizer.all_special_ids) == NUM_SPECIAL_TOKENS)
 
 
 def make_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None = None) -> Tokenizer:
