@@ -35,7 +35,7 @@ help: ## list the targets and variables
 
 install: $(INSTALLED) ## make .venv and install clipkit in it, editable, with what it needs
 
-pretrain: $(INSTALLED) ## train a small CLIP on the embedded emoji set (about 1,400 CPU seconds)
+pretrain: $(INSTALLED) ## train a small CLIP on the embedded emoji set (about 1,100 CPU seconds)
 	$(BIN)/clipkit pretrain $(ARGS)
 
 zero-shot: $(INSTALLED) ## measure runs/emoji on its three tests, with intervals and a report
