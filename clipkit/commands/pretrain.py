@@ -240,7 +240,9 @@ def device_batches(t: Training) -> Iterator[Any]:
     num = t.config.train.overfit_batches
     for batch in cycle(list(islice(t.loader, num))) if num else t.loader:
         on_device = type(batch)(*(tensor.to(t.process.device, non_blocking=True) for tensor in batch))
-        yield on_device._replace(tokens=batch.tokens) if t.model.trims_text else on_device
+        yield on_device._replace(
+            images=on_device.images if t.config.train.channels_last else on_device.images.contiguous(),
+            tokens=batch.tokens if t.model.trims_text else on_device.tokens)
 
 
 def evaluate_and_log(t: Training, step: int) -> None:

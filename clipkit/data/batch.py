@@ -8,6 +8,6 @@ from torch import Tensor
 class Batch(NamedTuple):
     """The rows that one process holds of a global batch. Legend: B batch (this process), L tokens, H W pixels."""
 
-    images: Tensor  # (B, 3, H, W) uint8, RGB
+    images: Tensor  # (B, 3, H, W) uint8, RGB, channels last in memory
     tokens: Tensor  # (B, L) int32, padded to the context length
     group_ids: Tensor  # (B,) int64; equal ids are no negatives of each other
