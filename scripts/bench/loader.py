@@ -15,7 +15,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ from scripts.bench.rounds import ROUNDS, Arm, Figure, Stopwatch, answer, make_fi
 MODEL = "ViT-B-32"
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
-PICTURES = {256: 256, 512: 128, 1024: 64}  # shorter side, pixels: pictures in the shards
+# Shorter side, pixels: pictures in the shards. The peer drops what is left of a worker's pass over its share of them, and
+# never ends where that is less than a batch.
+PICTURES = {256: 256, 512: 128, 1024: 128}
 BATCHES = {256: 6, 512: 4, 1024: 2}  # of a turn: about two seconds of the peer's
 NUM_COMPARED = 8  # pictures a size
 MIN_PSNR = 60.0
@@ -49,7 +50,10 @@ def bench(peer_python: Path, out: Path | None, *, quick: bool, rounds: int = ROU
     from scripts.bench.make_shards import digest, make_shards
 
     figures = []
-    with tempfile.TemporaryDirectory() as temporary, both_arms(peer_python) as arms:
+    with (tempfile.TemporaryDirectory() as temporary,
+          Arm([sys.executable, "-m", "scripts.bench.loader", "--arm"], threads=1) as ours,
+          Arm([peer_python, "-m", "scripts.bench.peer_loader"], threads=1) as peer):
+        arms = {"ours": ours, "peer": peer}
         versions = {name: arm.ask(task="versions") for name, arm in arms.items()}
         for pixels, num in PICTURES.items():
             paths = make_shards((shards or Path(temporary)) / f"{pixels}px", pixels=pixels, num=num)
@@ -57,8 +61,7 @@ def bench(peer_python: Path, out: Path | None, *, quick: bool, rounds: int = ROU
                      "kib_per_picture": sum(Path(path).stat().st_size for path in paths) / num / 1024}
             turns, notes["by_the_clock"] = race(arms, paths, BATCHES[pixels], rounds=rounds)
             if not quick:
-                with both_arms(peer_python) as fresh:  # workers forked from a peer that has read batches itself hang
-                    _, by_the_clock = race(fresh, paths, 4 * BATCHES[pixels], rounds=rounds, workers=WORKERS)
+                _, by_the_clock = race(arms, paths, 4 * BATCHES[pixels], rounds=rounds, workers=WORKERS)
                 notes[f"by_the_clock_{WORKERS}_workers"] = by_the_clock
             figures.append(make_figure("loader", f"{pixels} px", turns, unit="samples per CPU second", threads=1,
                                        peer_version=f"open_clip_train {versions['peer']['open_clip_torch']}",
@@ -67,13 +70,6 @@ def bench(peer_python: Path, out: Path | None, *, quick: bool, rounds: int = ROU
     if out:
         save_figures(out, figures)
     return figures
-
-
-@contextmanager
-def both_arms(peer_python: Path) -> Iterator[dict[str, Arm]]:
-    with (Arm([sys.executable, "-m", "scripts.bench.loader", "--arm"], threads=1) as ours,
-          Arm([peer_python, "-m", "scripts.bench.peer_loader"], threads=1) as peer):
-        yield {"ours": ours, "peer": peer}
 
 
 def describe(figure: Figure) -> str:
