@@ -9,14 +9,15 @@ from scripts.bench.rounds import make_figure, save_figures, take_turns
 
 
 def growth(axis: str, value: int):
-    return make_figure("growth", f"{axis} {value}", [(value * 0.5, value**2.0)], unit="CPU s", peer_version="open_clip_train 3.3.0",
-                       threads=1, axis=axis, value=value, memory_bytes={"ours": value, "peer": value**3})
+    return make_figure("growth", f"{axis} {value}", [(value * 0.5, value**2.0)], unit="CPU s",
+                       peer_version="open_clip_train 3.3.0", threads=1, axis=axis, value=value, memory_bytes={"ours": value, "peer": value**3})
 
 
 def test_figures_become_a_page(tmp_path):
     figures = [make_figure("loader", "512 px (79 KiB)", [(400, 100), (300, 100), (600, 100)], unit="samples/CPU s", threads=1,
                            peer_version="open_clip_train 3.3.0", more_is_better=True),
-               make_figure("loss memory", "clip, B = 16384", [(10, 300)], unit="MiB", peer_version="open_clip 3.3.0", threads=1),
+               make_figure("loss memory", "clip, B = 16384", [(10, 300)], unit="MiB", threads=1,
+                           peer_version="open_clip 3.3.0"),
                *(growth(axis, value) for axis in ("batch size", "caption length", "image size") for value in (8, 16, 32))]
     path = tmp_path / "docs" / "benchmarks" / "cpu.json"
     save_figures(path, figures[:1])

@@ -120,7 +120,7 @@ def test_an_inline_model_replaces_the_one_in_the_yaml_file(compose):
     (["optim.nmae=x"], "optim.nmae is not a setting; did you mean optim.name?"),
     (["+optim.nmae=x"], "optim.nmae is not a setting; did you mean optim.name?"),
     (["modle=tiny"], "modle is not a setting; did you mean model?"),
-    (["model=tyni"], "model=tyni: no such choice; choose one of emoji, open_clip, tiny"),
+    (["model=tyni"], "model=tyni: no such choice; choose one of emoji, open_clip, start, tiny"),
     (["loss=clip,siglip"], "loss=clip,siglip: no such choice; choose one of clip, emoji, siglip"),
     (["loss=clip", "loss=siglip"], "loss is given 2 times (clip, siglip); give it once"),
     (["optim.name"], "'optim.name' is not a setting; settings are given as key=value, as in optim.lr=1e-3"),
@@ -241,7 +241,7 @@ def test_cfg_job_prints_all_values_without_loading_torch():
 
 @pytest.mark.parametrize(("arguments", "code", "text"), [
     (["--help"], 0, "pretrain"), ([], 0, "shards"), (["--version"], 0, "clipkit 0."),
-    (["pretrain", "--help"], 0, "optim.lr "), (["pretrain", "-h"], 0, "model        emoji | open_clip | tiny"),
+    (["pretrain", "--help"], 0, "optim.lr "), (["pretrain", "-h"], 0, "model        emoji | open_clip | start | tiny"),
     (["shards"], 0, "clipkit shards write"), (["shards", "check", "--help"], 0, "context_length"),
     (["train"], 1, f"clipkit: 'train' is not a command; choose one of {', '.join(COMMANDS)}"),
     (["shards", "read"], 2, "clipkit: shards read: no such command; choose write or check"),

@@ -144,7 +144,8 @@ def groups(command: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for folder in (conf_dir() / command, conf_dir() / "shared"):
         for file in sorted(folder.glob("*/*.yaml")):
-            found.setdefault(file.parent.name, []).append(file)
+            if file.stem not in {other.stem for other in found.get(file.parent.name, [])}:  # the command's own stands before
+                found.setdefault(file.parent.name, []).append(file)
     return found if command == "pretrain" else {}
 
 

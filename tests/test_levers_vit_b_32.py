@@ -1,4 +1,4 @@
-"""The exact levers of a training step on ViT-B/32 itself, in fp32: loss and every gradient of open_clip's own towers and loss."""
+"""The exact levers of a training step on ViT-B/32 itself, in fp32: loss and gradients of open_clip's own towers and loss."""
 
 import pytest
 import torch

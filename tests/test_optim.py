@@ -111,6 +111,15 @@ def test_the_rate_reaches_every_group(tiny_model):
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
+def test_groups_with_scales_learn_at_their_multiple_of_the_rate(tiny_model):
+    named = list(tiny_model.towers.named_parameters())
+    scales = {name: 0.25 if name.startswith("visual.") else 1.0 for name, _ in named}
+    optimizer = make_optimizer(named, lr_scales=scales, **OPTIONS)
+    set_learning_rate(optimizer, 0.5)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert found == {id(p): (0.5 * scales[name], 0.1 if is_decayed(name, p, "clipkit") else 0.0) for name, p in named}
+
+
 def test_the_average_follows_the_formula_and_steps_aside():
     module = torch.nn.BatchNorm1d(2)
     average = WeightAverage(module, decay=0.9)

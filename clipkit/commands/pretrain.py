@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from clipkit.config import PretrainConfig, identity
 from clipkit.config.launch import launch
+from clipkit.config.model import as_start
 
 # Settings groups that follow from a setting: other data or another model than the embedded default.
 IMPLIED = {
+    "model.start": {"model": "start"},
     "data.train": {"data": "shards", "model": "open_clip", "loss": "clip", "optim": "adamw", "train": "shards",
                    "evaluation": "shards"},
     "model.name": {"model": "open_clip"},
@@ -21,7 +23,7 @@ IMPLIED = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    launch("pretrain", PretrainConfig, pretrain, arguments, IMPLIED)
+    launch("pretrain", PretrainConfig, pretrain, as_start(arguments), IMPLIED)
 
 
 class Training(NamedTuple):
@@ -32,6 +34,7 @@ class Training(NamedTuple):
     model: Any  # model.image_text.ImageTextModel
     parallel: Any  # the model as it is called: wrapped for several processes, or compiled
     optimizer: Any
+    start_weights: list[Any]  # of what learns, in the optimizer's order; empty where nothing pulls back to them
     average: Any  # training.average.WeightAverage | None
     loader: Any  # data.loader.TrainLoader
     plan: Any  # training.plan.Plan
@@ -74,7 +77,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.data.samples import PictureExamples
     from clipkit.training.average import WeightAverage
     from clipkit.training.estimate import estimate_step
-    from clipkit.training.optim import make_optimizer
+    from clipkit.training.finetune import keep_start, learned_parameters, make_tower_optimizer
     from clipkit.training.plan import plan_run, summary
     from clipkit.training.random_state import seed_all
     from clipkit.training.resume import check_shards, open_run, take_up
@@ -91,10 +94,12 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         cleanup.callback(run.close)  # its lock
 
     seed_all(config.seed)  # the same weights on every process
+    run_dir = Path(config.runs_dir) / name
     model = make_model(config).to(process.device)
-    optimizer = make_optimizer(list(model.towers.named_parameters()), name=config.optim.name, recipe=config.optim.recipe,
-                               lr=config.optim.lr, weight_decay=config.optim.weight_decay, beta1=config.optim.beta1,
-                               beta2=config.optim.beta2, eps=config.optim.eps)
+    if config.model.start:
+        keep_start(run_dir, config.model.start, model.source_sha256, is_main=process.is_main)
+    optimizer = make_tower_optimizer(model.towers, config.optim)
+    start_weights = [w.detach().clone() for w in learned_parameters(optimizer)] if config.optim.towards_start else []
     if config.train.threads == 0 and process.device.type == "cpu":
         settle_threads(model, saved.state if saved else None, batch_size=size // process.world_size,
                        workers=default_workers(process.local_world_size) if data.workers is None else data.workers,
@@ -113,7 +118,6 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         examples=PictureExamples(data=data, image_size=model.image_size, group_by=config.loss.mask_false_negatives),
         seed=config.seed, global_batch_size=size, rank=process.rank, world_size=process.world_size,
         local_world_size=process.local_world_size, pin_memory=process.device.type == "cuda", state=position)
-    run_dir = Path(config.runs_dir) / name
     log = cleanup.enter_context(RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
                                        config=dataclasses.asdict(config), is_main=process.is_main))
     log.say(summary(model, plan, cost, train=config.train, schedule=config.schedule, lr=config.optim.lr, shards=shards,
@@ -121,14 +125,15 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     if saved:
         finished = start == plan.total_steps
         log.say(f"finished  {saved.path} is the last" if finished else f"goes on   at step {start:,}, from {saved.path}")
-    return Training(config, process, model, make_parallel(config, process, model), optimizer, average, loader, plan,
-                    all_shards, StepTimer(), log, run_dir), start
+    return Training(config, process, model, make_parallel(config, process, model), optimizer, start_weights, average, loader,
+                    plan, all_shards, StepTimer(), log, run_dir), start
 
 
 def train(t: Training, start: int) -> int | None:
     """Run the steps from `start` to the end of the plan. Legend: B batch (this process), L tokens, D embed_dim."""
     from clipkit.losses import make_loss
     from clipkit.training.due import Timetable
+    from clipkit.training.finetune import hold_statistics, learned_parameters, pull_towards_start
     from clipkit.training.gradient_cache import cached_backward
     from clipkit.training.meter import Meter
     from clipkit.training.optim import clip_gradient, optimizer_step, set_learning_rate
@@ -141,7 +146,7 @@ def train(t: Training, start: int) -> int | None:
     loss_function = make_loss(config.loss.name, block_size=config.loss.block_size, bf16=config.loss.bf16)
     forward_context = partial(autocast, t.process.device, config.train.precision)
     masked = config.loss.mask_false_negatives != "none"
-    learned = [parameter for group in t.optimizer.param_groups for parameter in group["params"]]
+    parameters = learned_parameters(t.optimizer)
     meter = Meter(global_batch_size=plan.global_batch_size, num_samples=plan.num_samples,
                   max_skipped_steps=config.train.max_skipped_steps, device=t.process.device)
     timetable = Timetable(total_steps=plan.total_steps, log_every=config.log.every, evaluate_every=config.evaluation.every,
@@ -151,8 +156,11 @@ def train(t: Training, start: int) -> int | None:
                   workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode,
                   chance_loss=math.log(plan.global_batch_size) if config.loss.name == "clip" else None)
     if start == 0:
+        measure_before(t)
         evaluate_and_log(t, 0)
     t.parallel.train()
+    if config.optim.frozen_norms:
+        hold_statistics(t.model)
     with StopRequest() as stop, contextlib.closing(t.loader):
         for step, batch in zip(range(start, plan.total_steps), t.timer.batches(device_batches(t)), strict=False):
             lr = learning_rate(step, name=config.schedule.name, peak=config.optim.lr, warmup=plan.warmup_steps,
@@ -167,8 +175,10 @@ def train(t: Training, start: int) -> int | None:
                     features = t.parallel(batch.images, batch.tokens)  # image_features (B, D), text_features (B, D), ...
                 loss = loss_of(*features)
                 loss.backward()
-            grad_norm = clip_gradient(learned, config.optim.max_grad_norm)
+            grad_norm = clip_gradient(parameters, config.optim.max_grad_norm)
             skipped = optimizer_step(t.optimizer, grad_norm)
+            if t.start_weights:
+                pull_towards_start(t.optimizer, t.start_weights, config.optim.towards_start, skipped)
             t.model.clamp_logit_scale()
             if t.average:
                 t.average.update(step)
@@ -190,19 +200,25 @@ def train(t: Training, start: int) -> int | None:
 
 
 def make_model(config: PretrainConfig) -> Any:
-    """Build the towers and lock what is to be locked."""
+    """Build the towers, or load those that training starts from, and lock what is to be locked."""
     import torch
 
     from clipkit.model.attention import fuse_attention
     from clipkit.model.build import build_model, lock_towers
     from clipkit.model.image_text import has_batch_statistics
+    from clipkit.training.finetune import freeze_norms, load_start
 
     settings = config.model
-    model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
-                        image_weights=settings.image_weights, image_size=settings.image_size,
-                        patch_dropout=settings.patch_dropout, loss=config.loss.name)
+    if settings.start:
+        model = load_start(settings.start, settings.pretrained, loss=config.loss.name)
+    else:
+        model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
+                            image_weights=settings.image_weights, image_size=settings.image_size,
+                            patch_dropout=settings.patch_dropout, loss=config.loss.name)
     lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
+    if config.optim.frozen_norms:
+        freeze_norms(model.towers)
     if config.loss.name == "clip" and model.towers.logit_bias is not None:
         model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
     if config.train.fused_attention:
@@ -256,6 +272,16 @@ def evaluate_and_log(t: Training, step: int) -> None:
         t.log.evaluation(step, map(dataclasses.asdict, results))
 
 
+def measure_before(t: Training) -> None:
+    """Keep what the model that fine-tuning starts from answers: `finish` compares."""
+    from clipkit.evaluation.won_and_forgotten import measure_start
+
+    settings, start = t.config.evaluation, t.config.model.start
+    if start and settings.final_tasks:
+        measure_start(t.model, settings.final_tasks, start, t.config.model.pretrained, folder=t.run_dir / "zero_shot",
+                      is_main=t.process.is_main, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
+
+
 def save(t: Training, step: int) -> None:
     from clipkit.training.resume import save_run
 
@@ -269,27 +295,31 @@ def finish(t: Training) -> None:
     from clipkit.evaluation.contact_sheet import draw_contact_sheet
     from clipkit.evaluation.nearest_neighbour import emoji_pixel_baselines
     from clipkit.evaluation.predictions import predict
-    from clipkit.evaluation.results import Provenance, results_table, write_results
-    from clipkit.evaluation.zero_shot import evaluate
+    from clipkit.evaluation.results import Provenance, results_table
+    from clipkit.evaluation.won_and_forgotten import compare_with_before, measure_tasks, write_measured
     from clipkit.model.folder import load_model
     from clipkit.training.curves import plot_curves
 
     settings, folder, cache_dir = t.config.evaluation, t.run_dir / "zero_shot", t.config.data.cache_dir
     model = load_model(t.run_dir / "model", device=t.process.device)  # what others will load is what is measured
-    results = evaluate(model, settings.final_tasks, batch_size=settings.batch_size, cache_dir=cache_dir)
+    fine_tuned = t.config.model.start is not None
+    outcome = measure_tasks(model, settings.final_tasks, batch_size=settings.batch_size, cache_dir=cache_dir,
+                            thorough=fine_tuned)
     if not t.process.is_main:
         return
-    if results:
+    if outcome.results:
         if not (folder / "results.csv").exists():  # else this is a look at a finished run
-            t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, results))
-        results += emoji_pixel_baselines(settings.final_tasks)
+            t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, outcome.results))
+        outcome = outcome._replace(results=outcome.results + emoji_pixel_baselines(settings.final_tasks))
         provenance = Provenance(t.run_dir.name, None, "fp32", model.source_sha256, t.plan.total_steps, __version__)
-        write_results(folder, results, provenance)
+        write_measured(folder, outcome, provenance)
         draw_contact_sheet(predict(model, settings.final_tasks[0], cache_dir=cache_dir), t.run_dir / "predictions.png",
                            title=f"{t.run_dir.name}: {settings.final_tasks[0]}, three nearest texts")
-        print("\n" + results_table(results))
+        print("\n" + results_table(outcome.results))
+        if fine_tuned:
+            print("\n" + compare_with_before(folder))
     plot_curves(t.run_dir)
-    sheet = f", {t.run_dir / 'predictions.png'}" if results else ""
+    sheet = f", {t.run_dir / 'predictions.png'}" if outcome.results else ""
     print(f"\nmodel     {t.run_dir / 'model'} (open_clip: local-dir:{t.run_dir / 'model'})\n"
           f"pictures  {t.run_dir / 'curves.png'}{sheet}\n"
           f"next      tensorboard --logdir {t.run_dir}\n"

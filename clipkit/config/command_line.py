@@ -41,7 +41,8 @@ def hydra_arguments(arguments: Iterable[str], schema: type, groups: Mapping[str,
     for key, value in given:
         collected.setdefault(key.lstrip("+"), []).append(value)
     for key, choices in (implied or {}).items():
-        if key in collected and [item for value in collected[key] for item in _items(value)] != ["emoji"]:
+        items = [item for value in collected.get(key, ()) for item in _items(value)]
+        if items and (key, items) != ("data.train", ["emoji"]):  # the embedded data are the default
             for group, choice in choices.items():
                 collected.setdefault(group, [choice])
     overrides = []
@@ -68,7 +69,9 @@ def groups_of(folders: Iterable[Path]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*/**/*.yaml")):
-            groups.setdefault(str(file.parent.relative_to(folder)), []).append(file.stem)
+            choices = groups.setdefault(str(file.parent.relative_to(folder)), [])
+            if file.stem not in choices:  # a command's own file stands before a shared one of its name
+                choices.append(file.stem)
     return groups
 
 

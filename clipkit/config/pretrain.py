@@ -8,7 +8,7 @@ from clipkit.config.evaluation import EvaluationConfig
 from clipkit.config.log import LogConfig
 from clipkit.config.loss import LossConfig
 from clipkit.config.model import ModelConfig
-from clipkit.config.optim import OptimConfig
+from clipkit.config.optim import ContrastiveOptimConfig
 from clipkit.config.parallel import ParallelConfig
 from clipkit.config.schedule import ScheduleConfig
 from clipkit.config.schema import setting
@@ -24,7 +24,7 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
-    optim: OptimConfig
+    optim: ContrastiveOptimConfig
     schedule: ScheduleConfig
     train: ContrastiveTrainConfig
     parallel: ParallelConfig
@@ -37,3 +37,8 @@ class PretrainConfig:
             raise ValueError("name is empty; give name=... (the run's folder is runs/<name>), or name=null for emoji")
         if self.name is None and self.data.train != ("emoji",):
             raise ValueError("name is required for data other than emoji; give name=... (the run's folder is runs/<name>)")
+        if self.name is None and self.model.start is not None:
+            raise ValueError("name is required with model.start; give name=... (the run's folder is runs/<name>)")
+        if self.optim.towards_start and self.model.start is None and self.model.pretrained is None:
+            raise ValueError(f"optim.towards_start is {self.optim.towards_start:g}, but the run starts from random weights; "
+                             "give model.start=..., or optim.towards_start=0")

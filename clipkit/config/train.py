@@ -29,9 +29,10 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveTrainConfig(TrainConfig):
     micro_batch_size: int | None = setting("rows of a process whose activations are held at once, for one more forward "
-                                           "pass; the gradient stays that of the whole batch; null = all", positive, runtime=True)
-    threads: int | None = setting("CPU threads a process; 0 = the fastest number, tried at the start and kept by the run; null = "
-                                  "torch's own choice", at_least(0), runtime=True)
+                                           "pass; the gradient stays that of the whole batch; null = all", positive,
+                                           runtime=True)
+    threads: int | None = setting("CPU threads a process; 0 = the fastest number, tried at the start and kept by the run; "
+                                  "null = torch's own choice", at_least(0), runtime=True)
     fused_attention: bool = setting("attention of open_clip's Transformers in one call; same results", runtime=True)
     micro_batch_norm: bool = setting("allow micro-batches with a BatchNorm, whose statistics are then those of a micro-batch",
                                      runtime=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -16,6 +17,8 @@ from clipkit.data.tars import BadSample, RawSample
 
 if TYPE_CHECKING:
     from clipkit.config.data import AugmentConfig, DataConfig
+
+PLACE = re.compile(r"\{(\w+)\}")  # where a template has the value of a json field
 
 
 class Example(NamedTuple):
@@ -117,7 +120,8 @@ def choose_caption(text: bytes | None, fields: dict[str, Any], caption_fields: S
       text: content of the .txt member.
       fields: the json member.
       caption_fields: json fields to draw from, "txt" = the .txt; only those that the sample has take part. A list
-        gives each of its entries the same chance. None = the field `captions` where there is one, else the .txt.
+        gives each of its entries the same chance. A text with a field in braces is a template: "a photo of a {label}."
+        None = the field `captions` where there is one, else the .txt.
       caption_weights: relative chance of each field. None = equal.
       rng: drawn from only where there is a choice.
 
@@ -128,7 +132,7 @@ def choose_caption(text: bytes | None, fields: dict[str, Any], caption_fields: S
         found = [_captions(fields.get("captions")) or _captions(_decode(text))]
         weights = None
     else:
-        found = [_captions(_decode(text) if name == "txt" else fields.get(name)) for name in caption_fields]
+        found = [captions_of_field(name, text, fields) for name in caption_fields]
         weights = [weight for weight, captions in zip(caption_weights or [1.0] * len(found), found, strict=True)
                    if captions]
     found = [captions for captions in found if captions]
@@ -137,6 +141,14 @@ def choose_caption(text: bytes | None, fields: dict[str, Any], caption_fields: S
         raise SampleError("no caption", f"nothing in {places}")
     captions = found[0] if len(found) == 1 else rng.choices(found, weights)[0]
     return captions[0] if len(captions) == 1 else rng.choice(captions)
+
+
+def captions_of_field(name: str, text: bytes | None, fields: dict[str, Any]) -> list[str]:
+    """The captions that one entry of `caption_fields` gives; arguments as in `choose_caption`."""
+    place = PLACE.search(name)
+    if place:
+        return [name.replace(place[0], filling) for filling in captions_of_field(place[1], text, fields)]
+    return _captions(_decode(text) if name == "txt" else fields.get(name))
 
 
 def _captions(value: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """The optimizer: which weights decay, and a step that non-finite gradients cannot spoil."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,35 @@ def is_decayed(name: str, parameter: Tensor, recipe: str) -> bool:
     return parameter.ndim >= 2 and not any(word in name for word in ("positional_embedding", "pos_embed", "cls_token"))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, recipe: str) -> list[dict[str, Any]]:
-    """Split the parameters that learn into a group without and a group with weight decay."""
-    learning = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    return [{"params": [p for n, p in learning if not is_decayed(n, p, recipe)], "weight_decay": 0.0},
-            {"params": [p for n, p in learning if is_decayed(n, p, recipe)], "weight_decay": weight_decay}]
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, recipe: str,
+                     lr_scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """Split the parameters that learn into groups without and with weight decay, a pair for each learning rate.
+
+    Args:
+      named: Names and parameters.
+      weight_decay: Of the groups with it.
+      recipe: As in `is_decayed`.
+      lr_scales: {name: what the learning rate is multiplied by}, for all names; None = one rate.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            scale, decayed = lr_scales[name] if lr_scales else 1.0, is_decayed(name, parameter, recipe)
+            group = groups.setdefault((scale, decayed), {"params": [], "weight_decay": weight_decay if decayed else 0.0,
+                                                         "lr_scale": scale})
+            group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def make_optimizer(named: Sequence[tuple[str, nn.Parameter]], *, name: str = "adamw", recipe: str = "clipkit",
-                   lr: float, weight_decay: float, beta1: float, beta2: float, eps: float) -> torch.optim.Optimizer:
-    """Build an optimizer: AdamW (fused), or any of torch's or timm's by name.
+                   lr: float, weight_decay: float, beta1: float, beta2: float, eps: float,
+                   lr_scales: Mapping[str, float] | None = None) -> torch.optim.Optimizer:
+    """Build an optimizer: AdamW (fused), or any of torch's or timm's by name. `lr_scales` as in `parameter_groups`.
 
     Raises:
       ValueError: neither torch nor timm has an optimizer of that name, or it refuses these values.
     """
-    groups = [group for group in parameter_groups(named, weight_decay=weight_decay, recipe=recipe) if group["params"]]
+    groups = parameter_groups(named, weight_decay=weight_decay, recipe=recipe, lr_scales=lr_scales)
     if not groups:
         raise ValueError("nothing is left to learn: both towers are locked; unlock one (model.lock_image, model.lock_text)")
     if name.lower() == "adamw":
@@ -93,5 +107,5 @@ def optimizer_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
