@@ -6,8 +6,10 @@ from importlib import metadata
 
 COMMANDS = {
     "pretrain": ("clipkit.commands.pretrain", "train a CLIP on image-text shards"),
+    "lit": ("clipkit.commands.lit", "train projections on the cached features of two frozen encoders"),
     "zero-shot": ("clipkit.commands.zero_shot", "measure any CLIP by text alone, or name and find your own pictures"),
     "compare": ("clipkit.commands.compare", "tell whether two models differ by more than chance"),
+    "interpolate": ("clipkit.commands.interpolate", "find the best model between one and its fine-tuned successor, or a soup"),
     "embed": ("clipkit.commands.embed", "write the embeddings of pictures and captions as arrays"),
     "shards": ("clipkit.commands.shards", "write shards from folders and tables, or check them"),
     "diffusion": ("clipkit.commands.diffusion", "train an autoencoder for latent diffusion"),
@@ -33,7 +35,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:<10} {meaning}" for name, (_, meaning) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<12} {meaning}" for name, (_, meaning) in COMMANDS.items())
     return (f"clipkit <command> [key=value ...]\n\n{rows}\n\n"
             "clipkit <command> --help lists its settings; --cfg job prints their values.")
 

@@ -10,7 +10,8 @@ from scripts.bench.rounds import make_figure, save_figures, take_turns
 
 def growth(axis: str, value: int):
     return make_figure("growth", f"{axis} {value}", [(value * 0.5, value**2.0)], unit="CPU s",
-                       peer_version="open_clip_train 3.3.0", threads=1, axis=axis, value=value, memory_bytes={"ours": value, "peer": value**3})
+                       peer_version="open_clip_train 3.3.0", threads=1, axis=axis, value=value,
+                       memory_bytes={"ours": value, "peer": value**3})
 
 
 def test_figures_become_a_page(tmp_path):

@@ -14,7 +14,8 @@ def losses_of(run_dir) -> list[float]:
 
 
 @pytest.mark.parametrize("lever", [("train.micro_batch_size=5",), ("loss.block_size=0",),
-                                   ("train.micro_batch_size=4", "loss.block_size=3", "loss=siglip"), ("loss.block_size=5",), ("train.fused_attention=false",),
+                                   ("train.micro_batch_size=4", "loss.block_size=3", "loss=siglip"), ("loss.block_size=5",),
+                                   ("train.fused_attention=false",),
                                    ("train.activation_checkpointing=true",)], ids=" ".join)
 def test_a_lever_leaves_the_curve_as_it_is(shards, tmp_path, lever):
     loss = [setting for setting in lever if setting.startswith("loss=")]

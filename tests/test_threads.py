@@ -14,7 +14,8 @@ def threads_as_before():
 
 @pytest.mark.parametrize(("seconds", "most", "expected"), [
     ({1: 8, 2: 4, 4: 2, 8: 1}, 8, 8), ({1: 8, 2: 4, 4: 2, 8: 1}, 7, 4), ({1: 8, 2: 7.5, 4: 1}, 4, 1),
-    ({1: 8, 2: 5, 4: 4.9}, 4, 2), ({1: 8}, 1, 1)], ids=["all of them", "as many as there are", "two save less than a tenth", "four neither", "one core"])
+    ({1: 8, 2: 5, 4: 4.9}, 4, 2), ({1: 8}, 1, 1)], ids=["all of them", "as many as there are", "two save less than a tenth",
+                                                         "four neither", "one core"])
 def test_threads_are_added_while_they_save_a_tenth(seconds, most, expected):
     now = [0.0]
 

@@ -17,6 +17,7 @@ from clipkit.interop.to_transformers import write_transformers
 from clipkit.interop.whole_folder import refuse_taken, whole_folder
 from clipkit.model.folder import load_model
 from clipkit.model.image_text import ImageTextModel
+from clipkit.model.interpolate import interpolated_model
 from clipkit.training.atomic_files import write_text_atomically
 
 FORMATS: dict[str, Callable[[ImageTextModel, Path, ExportConfig], dict[str, Any]]] = {
@@ -36,17 +37,28 @@ def export_model(model: ImageTextModel, config: ExportConfig) -> tuple[Path, dic
       The folder, and what its clipkit_export.json says of the agreement.
 
     Raises:
-      ValueError: the folder is taken, the format cannot represent the model, or the check found another function.
+      ValueError: the folder is taken, the format cannot represent the model, the base does not fit it, or the check found
+        another function.
       OSError: the folder cannot be written. In all cases nothing is left behind.
     """
     out = output_folder(config)
+    if config.interpolate is not None:
+        model = interpolated_model(load_base(config), model, config.interpolate)
     with whole_folder(out, overwrite=config.overwrite) as folder:
         with _without_progress_bars():
             facts = FORMATS[config.format](model, folder, config)
+        if config.base is not None:
+            facts |= {"interpolated": {"base": source_name(config.base), "alpha": config.interpolate}}
         write_text_atomically(folder / "README.md", model_card(model, config, facts))
         write_provenance(folder, model=model, source=config.model, pretrained=config.pretrained, facts=facts,
                          export_format=config.format)
     return out, facts
+
+
+def load_base(config: ExportConfig) -> ImageTextModel:
+    """Load what the model was fine-tuned from; `pretrained` is about an open_clip name."""
+    base = str(config.base)
+    return load_model(base, pretrained=None if Path(base).expanduser().is_dir() else config.pretrained)
 
 
 def output_folder(config: ExportConfig) -> Path:
@@ -78,9 +90,9 @@ def export_text_encoder(model: ImageTextModel | str | Path, out: str | Path, *,
       OSError: the folder cannot be written.
     """
     source = "" if isinstance(model, ImageTextModel) else str(model)
-    config = parse(ExportConfig, {"model": source, "pretrained": None, "format": "text_encoder", "out": str(out),
-                                  "overwrite": overwrite, "layer": layer, "pad_token_id": pad_token_id,
-                                  "single_file": single_file, "single_file_dtype": "fp16"})
+    config = parse(ExportConfig, {"model": source, "pretrained": None, "base": None, "interpolate": None,
+                                  "format": "text_encoder", "out": str(out), "overwrite": overwrite, "layer": layer,
+                                  "pad_token_id": pad_token_id, "single_file": single_file, "single_file_dtype": "fp16"})
     refuse_taken(output_folder(config), overwrite=overwrite)
     return export_model(_at_rest(model) if isinstance(model, ImageTextModel) else load_model(model), config)[0]
 

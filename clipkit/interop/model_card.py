@@ -106,8 +106,8 @@ def _summary(model: ImageTextModel, config: ExportConfig, facts: Mapping[str, An
     return (f"Image and text encoders with a shared space of {model_cfg['embed_dim']} dimensions (CLIP). {exported}\n\n"
             f"- image tower: {vision_cfg.get('timm_model_name') or _sizes(vision_cfg, 768)}, pictures of {model.image_size} "
             f"pixels, {counts['image'] / 1e6:.1f} M parameters\n"
-            f"- text tower: {text_cfg.get('hf_model_name') or _sizes(text_cfg, 512)}, {model.tokenize.context_length} tokens, "
-            f"{counts['text'] / 1e6:.1f} M parameters\n"
+            f"- text tower: {_last_parts(text_cfg.get('hf_model_name') or '') or _sizes(text_cfg, 512)}, "
+            f"{model.tokenize.context_length} tokens, {counts['text'] / 1e6:.1f} M parameters\n"
             f"- weights: sha256 `{model.source_sha256 or 'never saved'}`")
 
 
@@ -166,8 +166,8 @@ def _training(run: Path | None, settings: Mapping[str, Any]) -> str:
         return "Not known to clipkit: see the source of the weights."
     optim, schedule, train = settings["optim"], settings["schedule"], settings["train"]
     amount = f"{train['samples']:,} samples" if train.get("samples") else f"{train.get('epochs')} epochs"
-    lines = [f"loss {settings['loss']['name']}, {amount} in batches of {train['global_batch_size']}, precision "
-             f"{train['precision']}, seed {settings['seed']}",
+    lines = [f"loss {settings.get('loss', {}).get('name', 'clip')}, {amount} in batches of {train['global_batch_size']}, "
+             f"precision {train.get('precision', 'fp32')}, seed {settings['seed']}",
              f"{optim['name']}, learning rate {optim['lr']:g}, betas {optim['beta1']:g} and {optim['beta2']:g}, weight decay "
              f"{optim['weight_decay']:g}; schedule {schedule['name']}, warmup {schedule['warmup']}"]
     return "\n".join(f"- {line}" for line in [*lines, *_progress(run), *_environment(run)])

@@ -98,6 +98,8 @@ def make_towers(model_cfg: Mapping[str, Any]) -> Any:
         raise ValueError(f"model.config is not an open_clip model_cfg: {error}") from error
     if cfg["vision_cfg"].get("timm_model_name"):
         _fit_timm(towers.visual, cfg["vision_cfg"])
+    if "hf_model_name" in text_cfg:
+        towers.text.register_forward_pre_hook(_cut_padding)
     if kind == "cbow":
         towers.text = CBOWTextTower(vocab_size=text_cfg.get("vocab_size", 49408), width=width,
                                     embed_dim=cfg["embed_dim"], context_length=context_length)
@@ -148,6 +150,14 @@ def _fit_timm(visual: Any, vision_cfg: Mapping[str, Any]) -> None:
         for module in visual.trunk.modules():
             if isinstance(module, Mlp):
                 module.act = nn.GELU(**vision_cfg["act_kwargs"])
+
+
+def _cut_padding(text: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Cut a batch (B, L) of a Hugging Face tower to its longest text: the tower masks what is padding, so this is exact."""
+    if inputs[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return inputs  # an accelerator would wait for the length, and a written graph would keep it
+    used = (inputs[0] != text.config.pad_token_id).any(dim=0).nonzero()  # columns with a token
+    return (inputs[0][:, : int(used.max()) + 1 if len(used) else 1],)
 
 
 def complete_preprocess_cfg(towers: Any, given: Mapping[str, Any]) -> dict[str, Any]:

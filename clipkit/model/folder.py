@@ -40,6 +40,8 @@ def save_model_folder(model: ImageTextModel, folder: Path, weights: dict[str, Te
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_NAME).exists():
         model.tokenize.save(folder)
+        if hasattr(getattr(model.towers, "text", None), "pooler"):  # a Hugging Face text tower has a configuration of its own
+            model.towers.text.config.save_pretrained(folder)
         _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(model.config, indent=2) + "\n"))
     tensors = model.towers.state_dict() if weights is None else weights
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -117,7 +119,7 @@ def _load_transformers_folder(folder: Path) -> ImageTextModel:
 
 def _assemble(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: Mapping[str, Any], weights: Mapping[str, Tensor],
               sha256: str) -> ImageTextModel:
-    towers = make_towers(model_cfg)
+    towers = make_towers(_with_own_text_config(model_cfg, folder))
     wanted = towers.state_dict()
     for name in sorted({*wanted, *weights}):
         shapes = [tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (wanted, weights)]
@@ -129,6 +131,14 @@ def _assemble(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: Mapping[s
     model = ImageTextModel(towers, config, _tokenizer(folder, model_cfg["text_cfg"]))
     model.source_sha256 = sha256
     return model
+
+
+def _with_own_text_config(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A Hugging Face text tower without weights of its own, built from the config.json beside it rather than by its name."""
+    if "hf_model_name" not in model_cfg["text_cfg"]:
+        return model_cfg
+    beside = {"hf_model_name": str(folder)} if (folder / "config.json").is_file() else {}
+    return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], **beside, "hf_model_pretrained": False}}
 
 
 def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> Tokenizer:

@@ -33,10 +33,10 @@ class Step(NamedTuple):
 
 def draw_pairs(images: Tensor, texts: Tensor, captions: Sequence[Tensor], group_ids: Tensor, *, batch_size: int,
                seed: int) -> Iterator[Pairs]:
-    """Draw batches without end: each pass in a new order, of each picture one view and one caption by chance.
+    """Draw batches without end: each pass in a new order, of each picture one caption by chance.
 
     Args:
-      images: (V, N, F), V views of N pictures.
+      images: (N, F), of N pictures.
       texts: (T, W), unit norm.
       captions: N, each the rows of a picture's captions in `texts`.
       group_ids: (N,).
@@ -49,9 +49,8 @@ def draw_pairs(images: Tensor, texts: Tensor, captions: Sequence[Tensor], group_
     while True:
         order = torch.randperm(len(captions), generator=generator)  # (N,)
         for rows in order[: len(order) // batch_size * batch_size].split(batch_size):  # each (B,)
-            views = torch.randint(len(images), (batch_size,), generator=generator)  # (B,)
             chosen = (torch.rand(batch_size, generator=generator) * num_captions[rows]).long()  # (B,)
-            yield Pairs(images[views, rows], texts[rows_of[rows, chosen]], group_ids[rows])
+            yield Pairs(images[rows], texts[rows_of[rows, chosen]], group_ids[rows])
 
 
 def train_step(projections: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, *, lr: float,
