@@ -102,6 +102,21 @@ def learning(module: torch.nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("unlocked", [0, 1])
+def test_a_locked_timm_tower_computes_what_it_did_before(unlocked, tmp_path):
+    """EfficientNet's norms have an activation within them."""
+    torch.manual_seed(0)
+    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    model, images = build_model(config={**TINY, "vision_cfg": vision}).eval(), torch.randn(2, 3, 32, 32)
+    before = model.encode_image(images)
+    lock_towers(model, image=True, unlocked_image_groups=unlocked)
+    torch.testing.assert_close(model.encode_image(images), before, rtol=0, atol=1e-6)
+    in_training = model.train().encode_image(images)
+    assert torch.allclose(in_training, before, atol=1e-6) == (unlocked == 0)  # only unlocked norms look at the batch
+    save_model_folder(model.eval(), tmp_path)
+    torch.testing.assert_close(load_model(tmp_path).encode_image(images), model.encode_image(images), rtol=0, atol=1e-6)
+
+
 def test_locked_towers_learn_nothing_but_their_last_groups():
     model = build_model(config=CONFIGS["timm"])
     assert has_batch_statistics(model)

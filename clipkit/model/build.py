@@ -113,7 +113,7 @@ def lock_towers(model: ImageTextModel, *, image: bool = False, unlocked_image_gr
     towers = model.towers
     if image:
         trunk = getattr(towers.visual, "trunk", None)
-        if trunk is not None and unlocked_image_groups:
+        if trunk is not None:
             _lock_timm(trunk, unlocked_image_groups)
         else:
             towers.lock_image_tower(unlocked_groups=unlocked_image_groups, freeze_bn_stats=True)
@@ -126,8 +126,11 @@ def lock_towers(model: ImageTextModel, *, image: bool = False, unlocked_image_gr
 
 
 def _lock_timm(trunk: Any, unlocked_groups: int) -> None:
-    """Freeze all but the last groups of a timm model, in the order of its own group_matcher()."""
-    from open_clip.utils import freeze_batch_norm_2d
+    """Freeze all but the last groups of a timm model, in the order of its own group_matcher().
+
+    Norms become timm's frozen ones, which keep an activation that a norm has within it; open_clip's would lose it.
+    """
+    from timm.layers import freeze_batch_norm_2d  # pyright: ignore[reportPrivateImportUsage]
     from timm.models import group_modules, group_parameters
 
     parameters: Any = group_parameters(trunk, trunk.group_matcher())
@@ -137,7 +140,10 @@ def _lock_timm(trunk: Any, unlocked_groups: int) -> None:
             for name in names:
                 trunk.get_parameter(name).requires_grad_(False)
     modules: Any = group_modules(trunk, trunk.group_matcher(), reverse=True)
-    freeze_batch_norm_2d(trunk, {name: True for name, group in modules.items() if group <= last_locked})
+    for name, group in modules.items():
+        module = trunk.get_submodule(name)
+        if group <= last_locked and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            trunk.set_submodule(name, freeze_batch_norm_2d(module))
 
 
 def _fit_timm(visual: Any, vision_cfg: Mapping[str, Any]) -> None:

@@ -45,6 +45,8 @@ def save_model_folder(model: ImageTextModel, folder: Path, weights: dict[str, Te
         _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(model.config, indent=2) + "\n"))
     tensors = model.towers.state_dict() if weights is None else weights
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name in [name for name in plain if name.endswith(".running_mean")]:  # a frozen norm counts no batches; loaded, it does
+        plain.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.zeros((), dtype=torch.int64))
     _replace(folder / WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"}))
 
 

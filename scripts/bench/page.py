@@ -81,7 +81,9 @@ of the text tower at 77 tokens, at 80 of about 100 possible GFLOP/s of a core.
 
 ## How it grows
 
-One step of the model of 20 M parameters on a resident batch, and the exponent b of time ~ value^b and memory ~ value^b:
+One step of the model of 20 M parameters on a resident batch, and the exponent b of time ~ value^b and memory ~ value^b.
+Memory is that of the whole process, with libraries, weights and what earlier sizes left behind, so that it hardly grows at
+these sizes:
 
 {growth}
 
