@@ -99,7 +99,7 @@ def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
 
 
 def compose(command: str, arguments: list[str]) -> list:
-    from clipkit.commands import pretrain
+    from clipkit.commands import lit, pretrain
     from clipkit.commands.diffusion import autoencoder
     from clipkit.commands.diffusion import train as diffusion_train
     from clipkit.config import PretrainConfig
@@ -108,7 +108,10 @@ def compose(command: str, arguments: list[str]) -> list:
     from clipkit.config.diffusion.sample import SampleConfig
     from clipkit.config.diffusion.train import DiffusionTrainConfig
     from clipkit.config.export import ExportConfig
+    from clipkit.config.interpolate import InterpolateConfig
     from clipkit.config.launch import launch
+    from clipkit.config.lit import LitConfig
+    from clipkit.config.model import as_start
     from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
     from clipkit.config.zero_shot import CompareConfig, EmbedConfig, ZeroShotConfig
 
@@ -116,9 +119,10 @@ def compose(command: str, arguments: list[str]) -> list:
               "zero-shot": ZeroShotConfig, "compare": CompareConfig, "embed": EmbedConfig,
               "export": ExportConfig, "diffusion/autoencoder": AutoencoderConfig,
               "diffusion/train": DiffusionTrainConfig, "diffusion/sample": SampleConfig,
-              "diffusion/evaluate": EvaluateConfig}[command]
+              "diffusion/evaluate": EvaluateConfig, "lit": LitConfig, "interpolate": InterpolateConfig}[command]
     implied = {"pretrain": pretrain.IMPLIED, "diffusion/autoencoder": autoencoder.IMPLIED,
-               "diffusion/train": diffusion_train.IMPLIED}
+               "diffusion/train": diffusion_train.IMPLIED, "lit": lit.IMPLIED}
+    arguments = list(as_start(arguments)) if command == "pretrain" else arguments
     found: list = []
     try:
         launch(command, schema, lambda config: found.append(config), arguments, implied.get(command))
