@@ -254,3 +254,26 @@ def quick_format(monkeypatch):
         return {"greatest_differences": {}}
 
     monkeypatch.setitem(FORMATS, "text_encoder", write)
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory):
+    """A tiny CLIP's exported text encoder."""
+    import torch
+
+    from clipkit.interop.export import export_text_encoder
+    from clipkit.model.build import build_model
+
+    torch.manual_seed(0)
+    return export_text_encoder(build_model(config=TINY), tmp_path_factory.mktemp("exported") / "te")
+
+
+@pytest.fixture(scope="session")
+def folders(text_encoder, tmp_path_factory):
+    """{name of the process: folder} of text-conditioned latent pipelines."""
+    from clipkit.diffusion.conditioning import load_text_conditioning
+    from tests.tiny_pipelines import FLOW, PROCESS, make_pipeline
+
+    place = tmp_path_factory.mktemp("pipelines")
+    return {name: make_pipeline(place / name, load_text_conditioning(str(text_encoder)), process=process)
+            for name, process in (("v", PROCESS), ("flow", FLOW))}

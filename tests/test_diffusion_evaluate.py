@@ -23,7 +23,7 @@ from clipkit.interop.export import export_text_encoder
 from clipkit.model.build import build_model
 from clipkit.model.folder import save_model_folder
 from tests.conftest import TINY, command_settings
-from tests.test_diffusion_pipeline_folder import folders, make_pipeline, text_encoder  # noqa: F401
+from tests.tiny_pipelines import make_pipeline
 
 GENERATOR = torch.Generator()
 
@@ -173,7 +173,7 @@ def run(model, **more):
     command.evaluate(command_settings("diffusion/evaluate", EvaluateConfig, *arguments))
 
 
-def test_an_evaluation_leaves_samples_results_and_a_report_and_uses_samples_again(folders, shards, capsys):  # noqa: F811
+def test_an_evaluation_leaves_samples_results_and_a_report_and_uses_samples_again(folders, shards, capsys):
     torch.manual_seed(1)
     save_model_folder(build_model(config=TINY), Path("scorer/model"))
     run(folders["v"], scored_by="scorer", real=shards, held_out=shards, out="out")
@@ -213,7 +213,7 @@ def test_a_clip_does_not_judge_itself_unless_told_to(shards, tmp_path, capsys):
     assert "it judges itself" in capsys.readouterr().out and Path("evaluation/results.csv").is_file()
 
 
-def test_settings_that_do_not_fit_are_answered_in_one_line(folders, shards, tmp_path):  # noqa: F811
+def test_settings_that_do_not_fit_are_answered_in_one_line(folders, shards, tmp_path):
     with pytest.raises(SettingsError, match="scored_by is empty; give a CLIP other than the one"):
         run(folders["v"])
     with pytest.raises(SettingsError, match="prompts is empty; give emoji_common"):

@@ -22,7 +22,7 @@ from clipkit.diffusion.sample_files import read_sample
 from clipkit.model.build import build_model
 from clipkit.training.atomic_files import write_bytes_atomically
 from tests.conftest import TINY, command_settings
-from tests.test_diffusion_pipeline_folder import IMAGE_SIZE, folders, make_pipeline, text_encoder  # noqa: F401
+from tests.tiny_pipelines import IMAGE_SIZE, make_pipeline
 
 QUICK = {"steps": 2, "device": "cpu", "prompts": "[a red heart,a cat,two dogs]"}
 
@@ -50,7 +50,7 @@ def facts(path: Path) -> dict[str, str]:
     return found[1]
 
 
-def test_samples_hang_on_their_number_alone(folders, capsys):  # noqa: F811
+def test_samples_hang_on_their_number_alone(folders, capsys):
     """11 pictures in batches of 5 and of 11 write the same bytes; nothing is dropped."""
     at_once = files(run(folders["v"], "at_once", n_samples=11, batch_size=11))
     assert list(at_once) == [f"{number:05d}.png" for number in range(11)]
@@ -67,7 +67,7 @@ def test_samples_hang_on_their_number_alone(folders, capsys):  # noqa: F811
         assert sheet.width > 8 * 128
 
 
-def test_a_run_killed_halfway_goes_on_to_the_same_pictures(folders, monkeypatch, capsys):  # noqa: F811
+def test_a_run_killed_halfway_goes_on_to_the_same_pictures(folders, monkeypatch, capsys):
     whole = files(run(folders["v"], "whole", n_samples=6, batch_size=2))
 
     def dies(path, content):
@@ -96,7 +96,7 @@ def test_a_sample_has_the_same_neighbours_on_the_cpu_and_fills_the_batch_elsewhe
     assert sample_run.next_batch([6, 9, 10], 2, gpu) == [6, 9] and sample_run.next_batch([6], 4, gpu) == [6]
 
 
-def test_a_sample_is_that_of_generate_and_says_how_it_was_made(folders):  # noqa: F811
+def test_a_sample_is_that_of_generate_and_says_how_it_was_made(folders):
     out = run(folders["v"], None, prompts="a red heart", n_samples=2, seed=7, steps=3, guidance_scale=2, guidance_rescale=0.5,
               scheduler="dpmpp_2m")
     assert out.parent.name == "samples" and out.name.startswith("a-red-heart-")
@@ -111,7 +111,7 @@ def test_a_sample_is_that_of_generate_and_says_how_it_was_made(folders):  # noqa
                     "guidance_rescale": "0.5"}
 
 
-def test_low_memory_changes_no_picture_visibly_and_runs_its_parts_one_by_one(folders, monkeypatch):  # noqa: F811
+def test_low_memory_changes_no_picture_visibly_and_runs_its_parts_one_by_one(folders, monkeypatch):
     def pixels(out):
         return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("[0-9]*.png"))])
 
@@ -124,7 +124,7 @@ def test_low_memory_changes_no_picture_visibly_and_runs_its_parts_one_by_one(fol
         pass
 
 
-def test_too_little_memory_halves_the_batch_and_says_so(folders, monkeypatch, capsys):  # noqa: F811
+def test_too_little_memory_halves_the_batch_and_says_so(folders, monkeypatch, capsys):
     wanted = files(run(folders["v"], "wanted", n_samples=7, batch_size=7))
     sizes, errors = [], iter([RuntimeError("CUDA error: out of memory"), MemoryError()])
     walk = sample_run.walk
@@ -141,7 +141,7 @@ def test_too_little_memory_halves_the_batch_and_says_so(folders, monkeypatch, ca
     assert "not enough memory for 4 pictures at once; going on with batch_size=2" in capsys.readouterr().out
 
 
-def test_one_picture_without_memory_and_other_errors_end_the_run(folders, monkeypatch):  # noqa: F811
+def test_one_picture_without_memory_and_other_errors_end_the_run(folders, monkeypatch):
     def fails(error):
         def walk(*arguments):
             raise error
@@ -159,7 +159,7 @@ def test_one_picture_without_memory_and_other_errors_end_the_run(folders, monkey
         run(folders["v"])
 
 
-def test_texts_are_encoded_once_in_the_same_blocks_whatever_the_batch(folders, monkeypatch):  # noqa: F811
+def test_texts_are_encoded_once_in_the_same_blocks_whatever_the_batch(folders, monkeypatch):
     pipeline, asked = load_pipeline(folders["v"]), []
     from_texts = pipeline.conditioning.from_texts
     monkeypatch.setattr(pipeline.conditioning, "from_texts", lambda texts: asked.append(texts) or from_texts(texts))
@@ -216,7 +216,7 @@ def test_prompts_are_texts_and_lines_of_files(tmp_path):
         read_prompts(["a cat", " "])
 
 
-def test_settings_that_do_not_fit_are_answered_in_one_line(folders, tmp_path):  # noqa: F811
+def test_settings_that_do_not_fit_are_answered_in_one_line(folders, tmp_path):
     for wrong, message in (({"n_samples": 0}, "n_samples is 0; it must be above 0"),
                            ({"batch_size": 0}, "batch_size is 0"), ({"scheduler": "dpm"}, "choose one of ddim, dpmpp_2m"),
                            ({"prompts": None}, "neither is given"), ({"images": "x"}, "both are given")):
@@ -241,7 +241,7 @@ def test_settings_that_do_not_fit_are_answered_in_one_line(folders, tmp_path):  
     assert not list(Path("out").glob("*"))
 
 
-def test_a_folder_with_other_pictures_is_left_as_it_is(folders):  # noqa: F811
+def test_a_folder_with_other_pictures_is_left_as_it_is(folders):
     before = files(run(folders["v"], n_samples=2))
     with pytest.raises(ValueError, match=r"00000\.png was made with other settings: steps is .2. there and .3. here"):
         run(folders["v"], n_samples=4, steps=3)
@@ -256,13 +256,13 @@ def test_a_folder_with_other_pictures_is_left_as_it_is(folders):  # noqa: F811
         run(folders["v"], n_samples=2)
 
 
-def test_prompts_that_are_cut_are_counted(folders, capsys):  # noqa: F811
+def test_prompts_that_are_cut_are_counted(folders, capsys):
     run(folders["flow"], prompts=f"[a cat,{'word ' * 40}]")
     shown = capsys.readouterr().out
     assert "1 of 2 prompts are longer than the 16 tokens that the text encoder takes" in shown and "flow in 2 steps" in shown
 
 
-def test_the_command_line_reaches_it_and_a_run_folder_has_its_own_samples(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command_line_reaches_it_and_a_run_folder_has_its_own_samples(folders, tmp_path, monkeypatch):
     shutil.copytree(folders["v"], tmp_path / "runs" / "emoji_diffusion" / "pipeline")
     (tmp_path / "runs" / "emoji_diffusion" / "config.yaml").write_text("")
     arguments = ["prompts=one, two: it's a \"test\"", "steps=1", "device=cpu"]
@@ -273,7 +273,7 @@ def test_the_command_line_reaches_it_and_a_run_folder_has_its_own_samples(folder
 
 
 @pytest.mark.slow
-def test_a_compiled_model_makes_the_same_pictures(folders):  # noqa: F811
+def test_a_compiled_model_makes_the_same_pictures(folders):
     plain, compiled = (run(folders["v"], name, n_samples=5, compile=name == "compiled") for name in ("plain", "compiled"))
     for name in files(plain):
         pixels = [np.asarray(Image.open(out / name)).astype(int) for out in (plain, compiled)]

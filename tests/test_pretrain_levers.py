@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_pretrain import BATCH, STEPS, in_empty_folder, lines, run
+from tests.test_pretrain import BATCH, STEPS, lines, run
 
-__all__ = ["in_empty_folder"]  # a fixture
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def losses_of(run_dir) -> list[float]:

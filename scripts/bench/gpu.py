@@ -13,6 +13,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +81,12 @@ def one_model(case: Case, folder: Path, shards: list[str], options: argparse.Nam
                        matrix_tflops=rate and rate / 1e12, largest_relative_difference=equal, kernels=table["kernels"])
 
 
-class arms:  # noqa: N801  (a context, used as a function)
-    """Both arms, each in a process of its own."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.ours = Arm([sys.executable, "-m", "scripts.bench.own_step", "1"], threads=1)
-        self.peer = Arm([options.peer_python, "-m", "scripts.bench.peer_step", "1"], threads=1)
-
-    def __enter__(self) -> tuple[Arm, Arm]:
-        return self.ours, self.peer
-
-    def __exit__(self, *error: Any) -> None:
-        self.ours.__exit__(*error)
-        self.peer.__exit__(*error)
+@contextmanager
+def arms(options: argparse.Namespace) -> Iterator[tuple[Arm, Arm]]:
+    """clipkit's arm and open_clip_train's, each in a process of its own."""
+    with (Arm([sys.executable, "-m", "scripts.bench.own_step", "1"], threads=1) as ours,
+          Arm([options.peer_python, "-m", "scripts.bench.peer_step", "1"], threads=1) as peer):
+        yield ours, peer
 
 
 def useful_flops(case: Case) -> float:

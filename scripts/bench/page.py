@@ -91,7 +91,7 @@ these sizes:
 
 ## On a GPU
 
-`make bench-gpu` runs the steps of ViT-B/32, B/16 and L/14 under CUDA events. {gpu}
+`make bench-gpu` runs the steps of ViT-B/32, B/16 and L/14, timed when the GPU has finished. {gpu}
 """
 
 
