@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.training import checkpoint as checkpoint_module
+from clipkit.training import checkpoint_folders
 from clipkit.training.checkpoint import (
     DamagedCheckpointError,
     latest_good_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
     restore_model,
     save_checkpoint,
     unwrap,
     unwrap_names,
 )
+from clipkit.training.checkpoint_folders import prune_checkpoints
 from clipkit.training.optimizer_state import describe_optimizer, parameter_names, restore_optimizer
 from clipkit.training.random_state import get_random_state, set_random_state
 
@@ -244,9 +245,11 @@ def test_another_optimizer_is_refused():
     with pytest.raises(ValueError, match=r"in its optimizer tensors, 0.weight has shape \[6, 3, 3, 3\]"):
         restore_optimizer(torch.optim.AdamW(wide.parameters()), names, saved)
     parameters = list(model.parameters())
-    split = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}])
-    with pytest.raises(ValueError, match=r"in groups of \[7\], this run's in groups of \[1, 6\]"):
-        restore_optimizer(split, names, saved)
+    split = torch.optim.AdamW([{"params": parameters[:1], "weight_decay": 0.5}, {"params": parameters[1:]}])
+    with pytest.raises(ValueError, match=r"in groups of \[1, 6\], this run's in groups of \[7\]"):
+        restore_optimizer(adamw, names, describe_optimizer(split, names))
+    restore_optimizer(split, names, saved)  # groups may be split: those of weights that are shared out are
+    assert [group["weight_decay"] for group in split.param_groups] == [adamw.defaults["weight_decay"]] * 2
     with pytest.raises(ValueError, match=r"got 1 names \(1 distinct\) for the"):
         describe_optimizer(adamw, names[:1])
     adamw.state[parameters[0]]["hook"] = print
@@ -334,19 +337,20 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing may tidy up after it."""
 
 
-KILL_POINTS = ["_write_files", "write_manifest", "fsync_folder", "rename", "write_text_atomically"]
+KILL_POINTS = [(checkpoint_module, "write_tensors"), (checkpoint_module, "write_rest"), (checkpoint_folders, "write_manifest"),
+               (checkpoint_folders, "fsync_folder"), (os, "rename"), (checkpoint_folders, "write_text_atomically")]
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-@pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(point, same_step, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "point"), KILL_POINTS, ids=[point for _, point in KILL_POINTS])
+def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(module, point, same_step, tmp_path, monkeypatch):
     save_tiny(tmp_path, 100)
 
     def kill(*_args, **_kwargs):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(os if point == "rename" else checkpoint_module, point, kill)
+        patch.setattr(module, point, kill)
         with pytest.raises(Killed):
             save_tiny(tmp_path, 100 if same_step else 200, state={"second": True})
     found = latest_good_checkpoint(tmp_path, pytest.fail)
@@ -438,7 +442,8 @@ def test_a_write_that_really_fails_half_way_leaves_nothing_behind(tmp_path):
 
 SAVER = """
 import itertools, os, sys, torch
-from clipkit.training.checkpoint import prune_checkpoints, save_checkpoint
+from clipkit.training.checkpoint import save_checkpoint
+from clipkit.training.checkpoint_folders import prune_checkpoints
 for line in sys.stdin:
     if os.fork() == 0:
         for step in itertools.count(int(line) + 1):

@@ -33,6 +33,7 @@ class Training(NamedTuple):
     process: Any  # training.distributed.Process
     model: Any  # model.image_text.ImageTextModel
     parallel: Any  # the model as it is called: wrapped for several processes, or compiled
+    plain: Any  # where weights are shared out over the processes, the model without them; else None
     optimizer: Any
     start_weights: list[Any]  # of what learns, in the optimizer's order; empty where nothing pulls back to them
     average: Any  # training.average.WeightAverage | None
@@ -78,6 +79,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.average import WeightAverage
     from clipkit.training.estimate import estimate_step
     from clipkit.training.finetune import keep_start, learned_parameters, make_tower_optimizer
+    from clipkit.training.parallel import make_parallel, spread_weights
     from clipkit.training.plan import plan_run, summary
     from clipkit.training.random_state import seed_all
     from clipkit.training.resume import check_shards, open_run, take_up
@@ -98,14 +100,15 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     model = make_model(config).to(process.device)
     if config.model.start:
         keep_start(run_dir, config.model.start, model.source_sha256, is_main=process.is_main)
-    optimizer = make_tower_optimizer(model.towers, config.optim)
-    start_weights = [w.detach().clone() for w in learned_parameters(optimizer)] if config.optim.towards_start else []
     if config.train.threads == 0 and process.device.type == "cpu":
         settle_threads(model, saved.state if saved else None, batch_size=size // process.world_size,
                        workers=default_workers(process.local_world_size) if data.workers is None else data.workers,
                        local_world_size=process.local_world_size, precision=config.train.precision)
     cost = estimate_step(model, batch_size=size // process.world_size, micro_batch_size=config.train.micro_batch_size,
                          precision=config.train.precision)
+    plain = spread_weights(model, process, config.parallel, compile=config.train.compile, precision=config.train.precision)
+    optimizer = make_tower_optimizer(model.towers, config.optim)
+    start_weights = [w.detach().clone() for w in learned_parameters(optimizer)] if config.optim.towards_start else []
     seed_all(config.seed + 1 + process.rank)  # dropout differs between processes
     average = WeightAverage(model.towers, config.train.ema_decay) if config.train.ema_decay else None
     if saved:
@@ -125,8 +128,9 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     if saved:
         finished = start == plan.total_steps
         log.say(f"finished  {saved.path} is the last" if finished else f"goes on   at step {start:,}, from {saved.path}")
-    return Training(config, process, model, make_parallel(config, process, model), optimizer, start_weights, average, loader,
-                    plan, all_shards, StepTimer(), log, run_dir), start
+    parallel = make_parallel(model, process, compile=False, strategy=config.parallel.strategy)
+    return Training(config, process, model, parallel, plain, optimizer, start_weights, average, loader, plan, all_shards,
+                    StepTimer(), log, run_dir), start
 
 
 def train(t: Training, start: int) -> int | None:
@@ -139,6 +143,7 @@ def train(t: Training, start: int) -> int | None:
     from clipkit.training.optim import clip_gradient, optimizer_step, set_learning_rate
     from clipkit.training.precision import autocast
     from clipkit.training.schedule import learning_rate
+    from clipkit.training.sharding import average_scalars
     from clipkit.training.stop import EXIT_STOPPED, StopRequest
     from clipkit.training.watch import Watch
 
@@ -175,6 +180,7 @@ def train(t: Training, start: int) -> int | None:
                     features = t.parallel(batch.images, batch.tokens)  # image_features (B, D), text_features (B, D), ...
                 loss = loss_of(*features)
                 loss.backward()
+            average_scalars(parameters)
             grad_norm = clip_gradient(parameters, config.optim.max_grad_norm)
             skipped = optimizer_step(t.optimizer, grad_norm)
             if t.start_weights:
@@ -234,20 +240,6 @@ def make_model(config: PretrainConfig) -> Any:
     return model
 
 
-def make_parallel(config: PretrainConfig, process: Any, model: Any) -> Any:
-    """Compile the towers, and wrap the model for several processes (DDP averages gradients), as asked."""
-    import torch
-
-    from clipkit.model.image_text import compile_towers
-    from clipkit.training import parallel
-
-    if process.world_size > 1 and process.device.type == "cuda" and config.parallel.sync_batch_norm:
-        model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)
-    if config.train.compile:
-        compile_towers(model)
-    return parallel.make_parallel(model, process, compile=False)
-
-
 def device_batches(t: Training) -> Iterator[Any]:
     """This process's batches on its device, without end; `train.overfit_batches` repeats the first few.
 
@@ -264,22 +256,25 @@ def device_batches(t: Training) -> Iterator[Any]:
 def evaluate_and_log(t: Training, step: int) -> None:
     """Measure the model (its average, where there is one) on the tasks of the run."""
     from clipkit.evaluation.zero_shot import evaluate
+    from clipkit.training.parallel import whole_model
 
     settings = t.config.evaluation
     if settings.tasks:
-        with t.average.applied() if t.average else contextlib.nullcontext():
-            results = evaluate(t.model, settings.tasks, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
+        with whole_model(t.model, t.average, t.plain) as model:
+            results = evaluate(model, settings.tasks, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
         t.log.evaluation(step, map(dataclasses.asdict, results))
 
 
 def measure_before(t: Training) -> None:
     """Keep what the model that fine-tuning starts from answers: `finish` compares."""
     from clipkit.evaluation.won_and_forgotten import measure_start
+    from clipkit.training.parallel import whole_model
 
     settings, start = t.config.evaluation, t.config.model.start
     if start and settings.final_tasks:
-        measure_start(t.model, settings.final_tasks, start, t.config.model.pretrained, folder=t.run_dir / "zero_shot",
-                      is_main=t.process.is_main, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
+        with whole_model(t.model, None, t.plain) as model:
+            measure_start(model, settings.final_tasks, start, t.config.model.pretrained, folder=t.run_dir / "zero_shot",
+                          is_main=t.process.is_main, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
 
 
 def save(t: Training, step: int) -> None:

@@ -9,7 +9,7 @@ from clipkit.config.log import LogConfig
 from clipkit.config.loss import LossConfig
 from clipkit.config.model import ModelConfig
 from clipkit.config.optim import ContrastiveOptimConfig
-from clipkit.config.parallel import ParallelConfig
+from clipkit.config.parallel import ShardedParallelConfig
 from clipkit.config.schedule import ScheduleConfig
 from clipkit.config.schema import setting
 from clipkit.config.train import ContrastiveTrainConfig
@@ -27,7 +27,7 @@ class PretrainConfig:
     optim: ContrastiveOptimConfig
     schedule: ScheduleConfig
     train: ContrastiveTrainConfig
-    parallel: ParallelConfig
+    parallel: ShardedParallelConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     log: LogConfig

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from clipkit.training.sharding import own_parts
+
 
 class WeightAverage:
     """average = decay * average + (1 - decay) * weights, after every step; batch statistics are averaged along.
@@ -25,8 +27,8 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         current = self.module.state_dict()
         moving = [name for name, tensor in self.weights.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([  # pyright: ignore[reportPrivateImportUsage]
-            self.weights[name] for name in moving], [current[name] for name in moving], 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            own_parts(self.weights[name] for name in moving), own_parts(current[name] for name in moving), 1 - decay)
         for name in self.weights.keys() - set(moving):
             self.weights[name].copy_(current[name])
 

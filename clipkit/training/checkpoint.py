@@ -1,7 +1,6 @@
 """The checkpoints of a run folder: safetensors, state.json and a manifest; whole or not there. No pickle anywhere."""
 
 import json
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipkit.training.atomic_files import fsync_folder, one_line_os_error, remove_quietly, write_text_atomically
-from clipkit.training.manifest import find_damage, write_manifest
+from clipkit.training.atomic_files import remove_quietly, write_text_atomically
+from clipkit.training.checkpoint_folders import STEP_FOLDER, remove_leftovers, step_folders, unfinished_checkpoint
+from clipkit.training.manifest import find_damage
 from clipkit.training.optimizer_state import OptimizerState, check_same_tensors, clean_name, describe_optimizer, unwrap
+from clipkit.training.sharded_checkpoint import has_parts, read_whole
+from clipkit.training.sharding import copy_whole
 
 FORMAT = 1
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
-DAMAGED, REPLACED, UNFINISHED = "damaged-", ".replaced-", ".tmp-"
-REQUIRED = ("state.json", "model.safetensors")
+DAMAGED = "damaged-"
 RANDOM_NAME = re.compile(r"rank(\d+)\.(.+)")
 
 
@@ -33,6 +33,7 @@ class Checkpoint(NamedTuple):
     random_states: list[dict[str, Tensor]]  # one a rank of the run that saved
     world_size: int
     versions: dict[str, str]
+    in_parts: bool = False  # written by several processes, each its own parts
 
 
 class DamagedCheckpointError(ValueError):
@@ -64,39 +65,52 @@ def save_checkpoint(run_dir: Path | str, *, step: int, model_state: Mapping[str,
       ValueError: `parameter_names` do not fit the optimizer.
       TypeError: `state` is not JSON-able.
     """
-    run_dir = Path(run_dir)
     optimizer_state = None if optimizer is None else describe_optimizer(optimizer, parameter_names)
-    random_tensors = {f"rank{rank}.{name}": tensor for rank, one in enumerate(random_states)
-                      for name, tensor in one.items()}
-    tensors = {"model": model_state, "optimizer": optimizer_state and optimizer_state.tensors, "ema": ema_state,
-               "random": random_tensors or None}
-    record = {"format": FORMAT, "step": step, "world_size": max(1, len(random_states)), "versions": _versions(),
-              "state": dict(state or {}), "optimizer": optimizer_state and optimizer_state.description}
-    text = json.dumps(record, indent=1, default=_refuse_json)
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
-    try:
-        remove_quietly(unfinished)
-        unfinished.mkdir(parents=True)
-        _write_files(unfinished, text, {name: one for name, one in tensors.items() if one is not None})
-        _replace_folder(unfinished, folder)
-        write_text_atomically(folder.parent / "latest", folder.name + "\n")
-    except Exception as error:
-        remove_quietly(unfinished)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            good = next(iter(_step_folders(run_dir)), None)
-            after = f"the last good checkpoint is {good[1].name}" if good else "there is no earlier checkpoint"
-            raise one_line_os_error(error, folder, after) from error
-        raise
-    return folder
+    tensors = {"model": model_state, "optimizer": optimizer_state and optimizer_state.tensors, "ema": ema_state}
+    text = state_text(step, optimizer=optimizer_state and optimizer_state.description, state=state,
+                      world_size=len(random_states))
+    with unfinished_checkpoint(Path(run_dir), step) as folder:
+        for name, named in tensors.items():
+            if named is not None:
+                write_tensors(folder / f"{name}.safetensors", named)
+        write_rest(folder, text, random_states)
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
-def load_checkpoint(folder: Path | str, *, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint to the CPU.
+def state_text(step: int, *, optimizer: Mapping[str, Any] | None, state: Mapping[str, Any] | None, world_size: int) -> str:
+    """What state.json holds. `optimizer` is the description of its state; the others are as of `save_checkpoint`."""
+    record = {"format": FORMAT, "step": step, "world_size": max(1, world_size), "versions": _versions(),
+              "state": dict(state or {}), "optimizer": optimizer}
+    return json.dumps(record, indent=1, default=_refuse_json)
+
+
+def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    # Copies: safetensors takes contiguous tensors only, and no two in one storage (tied weights are written twice).
+    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
+    save_file(copies, path, metadata={"format": "pt"})
+
+
+def write_rest(folder: Path, text: str, random_states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write what is not shared out of a checkpoint, the last of its files."""
+    state_file = folder / "state.json"
+    state_file.write_text(text, encoding="utf-8")
+    if random_states:
+        write_tensors(folder / "random.safetensors", {f"rank{rank}.{name}": tensor for rank, one in enumerate(random_states)
+                                                      for name, tensor in one.items()})
+    for path in folder.glob("*.safetensors"):
+        path.chmod(state_file.stat().st_mode)  # safetensors writes 0600, whatever the umask
+
+
+def load_checkpoint(folder: Path | str, *, verify: bool = True, leave_parts: bool = False) -> Checkpoint:
+    """Read a checkpoint to the CPU, also one that several processes wrote in parts.
 
     Args:
       folder: A checkpoint folder, or a run folder: then its newest whole checkpoint.
       verify: Compare every file with the manifest first. Leave it out only for what was just verified.
+      leave_parts: Of a checkpoint in parts, leave the tensors where they are (`in_parts`): `sharded_checkpoint.read_parts`
+        reads each process's own.
 
     Raises:
       FileNotFoundError: there is no checkpoint there.
@@ -107,27 +121,34 @@ def load_checkpoint(folder: Path | str, *, verify: bool = True) -> Checkpoint:
     folder = Path(folder)
     if not STEP_FOLDER.fullmatch(folder.name) and not (folder / "manifest.json").exists():
         run_dir = folder
-        whole = (one for _, one in _step_folders(run_dir) if find_damage(one, REQUIRED) is None)
+        whole = (one for _, one in step_folders(run_dir) if _damage(one) is None)
         folder = next(whole, folder)
         if folder == run_dir:
             raise FileNotFoundError(f"{run_dir} has no whole checkpoint; give a run folder (with checkpoints/step-...) "
                                     "or one of its checkpoints/step-... folders")
     elif not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {folder}; give a checkpoints/step-... folder of a run")
-    elif verify and (fault := find_damage(folder, REQUIRED)):
+    elif verify and (fault := _damage(folder)):
         raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {fault}; use an older one")
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if record["format"] != FORMAT:
         raise ValueError(f"the checkpoint {folder} has format {record['format']}, this clipkit reads {FORMAT}; use the "
                          f"clipkit that wrote it ({record['versions'].get('clipkit')})")
-    tensors = {name: load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else None
-               for name in ("model", "optimizer", "ema", "random")}
+    tensors: dict[str, dict[str, Tensor] | None] = {
+        name: load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else None
+        for name in ("model", "optimizer", "ema", "random")}
+    in_parts = has_parts(folder)
+    if in_parts and not leave_parts:
+        for name, tensor in read_whole(folder).items():
+            kind, _, own_name = name.partition(".")
+            if kind in ("model", "optimizer", "ema"):
+                tensors[kind] = {**(tensors[kind] or {}), own_name: tensor}
     description = record["optimizer"]
     return Checkpoint(
         path=folder, step=record["step"], model=tensors["model"] or {},
         optimizer=None if description is None else OptimizerState(tensors["optimizer"] or {}, description),
         ema=tensors["ema"], state=record["state"], random_states=_split_by_rank(tensors["random"] or {}),
-        world_size=record["world_size"], versions=record["versions"])
+        world_size=record["world_size"], versions=record["versions"], in_parts=in_parts)
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Tensor], what: str = "model") -> None:
@@ -141,7 +162,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor], what: str = "mo
                        {name: tuple(tensor.shape) for name, tensor in own.items()}, what)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            copy_whole(saved[name], tensor)
 
 
 def unwrap_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,10 +183,10 @@ def latest_good_checkpoint(run_dir: Path | str, warn: Callable[[str], None]) -> 
       ValueError: there are checkpoints, and all are damaged.
     """
     run_dir = Path(run_dir)
-    _remove_leftovers(run_dir / "checkpoints")
+    remove_leftovers(run_dir / "checkpoints")
     faults: dict[Path, str] = {}
-    for _, folder in _step_folders(run_dir):
-        fault = find_damage(folder, REQUIRED)
+    for _, folder in step_folders(run_dir):
+        fault = _damage(folder)
         if fault is None:
             for bad, reason in faults.items():
                 aside = bad.with_name(DAMAGED + bad.name)
@@ -184,75 +205,8 @@ def latest_good_checkpoint(run_dir: Path | str, warn: Callable[[str], None]) -> 
     return None
 
 
-def prune_checkpoints(run_dir: Path | str, keep: int, keep_every_steps: int | None = None) -> list[Path]:
-    """Remove old checkpoints: the newest `keep` stay, and those whose step is a multiple of `keep_every_steps`.
-
-    Returns:
-      The folders removed.
-    """
-    if keep < 1:
-        raise ValueError(f"keep is {keep}; keep at least 1 checkpoint")
-    removed = []
-    for step, folder in _step_folders(Path(run_dir))[keep:]:
-        if not keep_every_steps or step % keep_every_steps:
-            hidden = folder.with_name(UNFINISHED + folder.name)  # renamed first: a removal may be cut off
-            remove_quietly(hidden)
-            folder.rename(hidden)
-            remove_quietly(hidden)
-            removed.append(folder)
-    return removed
-
-
-def _write_files(folder: Path, state_text: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write every file of a checkpoint and its manifest, and fsync all."""
-    from safetensors.torch import save_file
-
-    state_file = folder / "state.json"
-    state_file.write_text(state_text, encoding="utf-8")
-    for name, named in tensors.items():
-        # Copies: safetensors takes contiguous tensors only, and no two in one storage (tied weights are written twice).
-        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
-        path = folder / f"{name}.safetensors"
-        save_file(copies, path, metadata={"format": "pt"})
-        path.chmod(state_file.stat().st_mode)  # safetensors writes 0600, whatever the umask
-    write_manifest(folder)
-    fsync_folder(folder)
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; if one is there, it is set aside first, where `_remove_leftovers` would find it."""
-    replaced = folder.with_name(REPLACED + folder.name)
-    if folder.exists():
-        remove_quietly(replaced)
-        os.rename(folder, replaced)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        if replaced.exists() and not folder.exists():
-            os.rename(replaced, folder)
-        raise
-    fsync_folder(folder.parent)
-    remove_quietly(replaced)
-
-
-def _remove_leftovers(checkpoints: Path) -> None:
-    if not checkpoints.is_dir():
-        return
-    for path in list(checkpoints.iterdir()):
-        if path.name.startswith(REPLACED):
-            original = path.with_name(path.name.removeprefix(REPLACED))
-            if not original.exists():
-                os.rename(path, original)
-        if path.name.startswith((UNFINISHED, REPLACED)):
-            remove_quietly(path)
-
-
-def _step_folders(run_dir: Path) -> list[tuple[int, Path]]:
-    """The (step, folder) of all checkpoints, the newest first; whole or not."""
-    checkpoints = run_dir / "checkpoints"
-    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    steps = [(int(match.group(1)), path) for path in found if (match := STEP_FOLDER.fullmatch(path.name))]
-    return sorted(steps, reverse=True)
+def _damage(folder: Path) -> str | None:
+    return find_damage(folder, ("state.json",) if has_parts(folder) else ("state.json", "model.safetensors"))
 
 
 def _split_by_rank(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -2,10 +2,13 @@
 
 import datetime
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 class Process(NamedTuple):
@@ -16,6 +19,7 @@ class Process(NamedTuple):
     local_rank: int  # on this machine
     local_world_size: int  # processes on this machine
     device: torch.device
+    watchdog: Any = None  # training.watchdog.Watchdog, where several processes train
 
     @property
     def is_main(self) -> bool:
@@ -96,6 +100,27 @@ def from_main(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_main(work: Callable[[], Result]) -> Result | None:
+    """Let rank 0 do something that may fail. All processes call it, and wait.
+
+    Returns:
+      What it gave, on rank 0; None on the others.
+
+    Raises:
+      OSError, ValueError: it failed so; on all processes.
+    """
+    result, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = work()
+        except (OSError, ValueError) as caught:
+            error = caught
+    error = from_main(error)
+    if error is not None:
+        raise error
+    return result
 
 
 def wait_for_all() -> None:

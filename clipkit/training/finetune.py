@@ -17,6 +17,7 @@ from clipkit.model.folder import load_model
 from clipkit.model.image_text import ImageTextModel
 from clipkit.training.atomic_files import write_text_atomically
 from clipkit.training.optim import make_optimizer
+from clipkit.training.sharding import own_part
 
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 # Inside a tower, as open_clip and transformers name what stands below the first block, and the blocks.
@@ -160,4 +161,4 @@ def pull_towards_start(optimizer: torch.optim.Optimizer, start: Sequence[Tensor]
     for group in optimizer.param_groups:
         share = group["lr"] * strength * (1 - skipped)  # scalar
         for parameter in group["params"]:
-            parameter.lerp_(next(rest), share)
+            own_part(parameter).lerp_(own_part(next(rest)), share)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkit.training.sharding import clip_sharded_gradient, is_sharded
+
 
 def is_decayed(name: str, parameter: Tensor, recipe: str) -> bool:
     """Tell whether weight decay applies to a parameter.
@@ -22,18 +24,23 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay:
                      lr_scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Split the parameters that learn into groups without and with weight decay, a pair for each learning rate.
 
+    Of weights that are shared out over the processes, the scalars that are not get groups of their own: an optimizer's step
+    over a list takes one kind of tensor.
+
     Args:
       named: Names and parameters.
       weight_decay: Of the groups with it.
       recipe: As in `is_decayed`.
       lr_scales: {name: what the learning rate is multiplied by}, for all names; None = one rate.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    named = list(named)
+    shared_out = any(is_sharded(parameter) for _, parameter in named)
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
             scale, decayed = lr_scales[name] if lr_scales else 1.0, is_decayed(name, parameter, recipe)
-            group = groups.setdefault((scale, decayed), {"params": [], "weight_decay": weight_decay if decayed else 0.0,
-                                                         "lr_scale": scale})
+            group = groups.setdefault((scale, decayed, shared_out and not is_sharded(parameter)), {
+                "params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale})
             group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
@@ -77,6 +84,8 @@ def _with_known_options(kind: Callable[..., torch.optim.Optimizer], groups: list
 
 def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to a norm, if one is given; return the norm that they had (scalar)."""
+    if any(map(is_sharded, parameters)):
+        return clip_sharded_gradient(parameters, max_norm)
     if max_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

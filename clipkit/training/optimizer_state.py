@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipkit.training.sharding import copy_whole
+
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # belong to this run's hardware, not to the saved
 
 
@@ -99,13 +101,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], sa
     groups = description["groups"]
     by_identity = {id(parameter): name for name, parameter in parameters.items()}
     given = [[by_identity[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if [set(group["params"]) for group in groups] != [set(group) for group in given]:
+    settings = {name: group["settings"] for group in groups for name in group["params"]}
+    if any(settings[name] != settings[names_of_group[0]] for names_of_group in given for name in names_of_group):
         raise ValueError(f"the checkpoint's optimizer has its parameters in groups of "
                          f"{[len(group['params']) for group in groups]}, this run's in groups of "
                          f"{[len(group) for group in given]} or others; resume with the recipe of the run's start")
     optimizer.state.clear()
-    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: _from_json(value, saved.tensors) for key, value in saved_group["settings"].items()
+    for group, names_of_group in zip(optimizer.param_groups, given, strict=True):
+        group.update({key: _from_json(value, saved.tensors) for key, value in settings[names_of_group[0]].items()
                       if key not in IMPLEMENTATION})
         on_device = bool(group.get("fused") or group.get("capturable"))
         for parameter in group["params"]:
@@ -182,5 +185,7 @@ def _place(value: Any, parameter: Tensor, host: bool) -> Any:
     if not isinstance(value, Tensor) or host:
         return value
     if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        copy_whole(value, placed)
+        return placed
     return value.to(parameter.device)

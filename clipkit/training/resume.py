@@ -1,11 +1,12 @@
 """Save where a run stands, and take it up there again: weights, optimizer, average, random states, position in the data."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipkit.data.loader import TrainLoader, merge_states
 from clipkit.model.folder import save_model_folder
@@ -15,14 +16,25 @@ from clipkit.training.checkpoint import (
     Checkpoint,
     latest_good_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
     restore_model,
     save_checkpoint,
+    state_text,
+    unwrap_names,
+    write_rest,
 )
-from clipkit.training.distributed import Process, from_main, gather_objects, wait_for_all
-from clipkit.training.optimizer_state import parameter_names, restore_optimizer
+from clipkit.training.checkpoint_folders import prune_checkpoints, unfinished_checkpoint
+from clipkit.training.distributed import Process, from_main, gather_objects, on_main
+from clipkit.training.optimizer_state import (
+    OptimizerState,
+    check_same_tensors,
+    describe_optimizer,
+    parameter_names,
+    restore_optimizer,
+)
 from clipkit.training.random_state import get_random_state, set_random_state
 from clipkit.training.run_folder import Run, open_run_folder
+from clipkit.training.sharded_checkpoint import describe_parts, read_parts, room_for_state, with_kinds, write_parts
+from clipkit.training.sharding import copy_whole, is_sharded, whole_tensors
 
 
 def open_run(runs_dir: str, name: str, *, config: Mapping[str, Any], identity: Mapping[str, Any],
@@ -46,7 +58,7 @@ def open_run(runs_dir: str, name: str, *, config: Mapping[str, Any], identity: M
     found, error = from_main((found, error))
     if error:
         raise ValueError(error)
-    return run, load_checkpoint(found, verify=False) if found else None
+    return run, load_checkpoint(found, verify=False, leave_parts=True) if found else None
 
 
 def check_shards(saved: Checkpoint, shards: Sequence[str]) -> None:
@@ -59,24 +71,39 @@ def check_shards(saved: Checkpoint, shards: Sequence[str]) -> None:
 def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer,
              average: WeightAverage | None, loader: TrainLoader, shards: Sequence[str], process: Process, keep: int,
              keep_every_steps: int | None) -> None:
-    """Write a checkpoint, renew a CLIP's model folder, drop old checkpoints. All ranks call it, rank 0 writes.
+    """Write a checkpoint, renew a CLIP's model folder, drop old checkpoints. All ranks call it.
 
-    Arguments as in `take_up`.
+    Rank 0 writes; of weights that are shared out, every rank its own parts. Arguments as in `take_up`.
+
+    Raises:
+      OSError: it cannot be written; one line, on all ranks.
     """
     random_states = gather_objects(get_random_state(process.device))
     position = merge_states(gather_objects(loader.state()))
-    if process.is_main:
-        module = saved_module(model)
-        save_checkpoint(run_dir, step=step, model_state=module.state_dict(), optimizer=optimizer,
-                        parameter_names=parameter_names(optimizer, module),
-                        ema_state=average.weights if average else None,
-                        state={"loader": position, "shards": [Path(shard).name for shard in shards],
-                               "threads": torch.get_num_threads()},
-                        random_states=random_states)
-        if isinstance(model, ImageTextModel):
-            save_model_folder(model, run_dir / "model", average.weights if average else None)
-        prune_checkpoints(run_dir, keep, keep_every_steps)
-    wait_for_all()
+    module = saved_module(model)
+    names = parameter_names(optimizer, module)
+    averaged = average.weights if average else None
+    state = {"loader": position, "shards": [Path(shard).name for shard in shards], "threads": torch.get_num_threads()}
+    if any(map(is_sharded, module.parameters())):
+        save_in_parts(run_dir, step, module.state_dict(), describe_optimizer(optimizer, names), averaged, state, random_states)
+        averaged = whole_tensors(averaged or module.state_dict())
+    else:
+        on_main(lambda: save_checkpoint(run_dir, step=step, model_state=module.state_dict(), optimizer=optimizer,
+                                        parameter_names=names, ema_state=averaged, state=state, random_states=random_states))
+    if isinstance(model, ImageTextModel):
+        on_main(lambda: save_model_folder(model, run_dir / "model", averaged))
+    on_main(lambda: prune_checkpoints(run_dir, keep, keep_every_steps))
+
+
+def save_in_parts(run_dir: Path, step: int, model_state: Mapping[str, Tensor], optimizer: OptimizerState,
+                  averaged: Mapping[str, Tensor] | None, state: Mapping[str, Any],
+                  random_states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write a checkpoint of which every process writes its own parts. Arguments as of `save_checkpoint`."""
+    text = state_text(step, optimizer=optimizer.description, state=state, world_size=len(random_states))
+    with contextlib.ExitStack() as finished:
+        folder = from_main(on_main(lambda: finished.enter_context(unfinished_checkpoint(run_dir, step))))
+        write_parts(folder, with_kinds({"model": model_state, "optimizer": optimizer.tensors, "ema": averaged}))
+        on_main(lambda: (write_rest(folder, text, random_states), finished.pop_all().close())[0])
 
 
 def take_up(saved: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
@@ -94,16 +121,38 @@ def take_up(saved: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optim
       ValueError: the checkpoint is of another model or optimizer; the line names the first difference.
     """
     module = saved_module(model)
+    names = parameter_names(optimizer, module)
+    if saved.in_parts:
+        saved = read_own_parts(saved, module, optimizer, average)
     restore_model(module, saved.model)
     assert saved.optimizer is not None
-    restore_optimizer(optimizer, parameter_names(optimizer, module), saved.optimizer)
+    restore_optimizer(optimizer, names, saved.optimizer)
     if average:
         for name, tensor in (saved.ema or {}).items():
-            average.weights[name].copy_(tensor)
+            copy_whole(tensor, average.weights[name])
     if saved.world_size == process.world_size:
         set_random_state(saved.random_states[process.rank], process.device)
     else:
         torch.manual_seed(saved.step * process.world_size + process.rank)
+
+
+def read_own_parts(saved: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer,
+                   average: WeightAverage | None) -> Checkpoint:
+    """Read a checkpoint in parts: of each tensor what this process holds of it. Arguments as of `take_up`."""
+    assert saved.optimizer is not None
+    described = describe_parts(saved.path)
+    own = unwrap_names(module.state_dict())
+    in_model = {name: shape for name, (shape, _) in described.items() if name.startswith("model.")}
+    check_same_tensors({name.removeprefix("model."): shape for name, shape in in_model.items()},
+                       {name: tuple(tensor.shape) for name, tensor in own.items()}, "model")
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(zip(parameter_names(optimizer, module), learned, strict=True))
+    state = room_for_state(described, saved.optimizer.description, parameters)
+    weights = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    averaged = {name: torch.empty_like(tensor) for name, tensor in average.weights.items()
+                if f"ema.{name}" in described} if average else {}
+    read_parts(saved.path, with_kinds({"model": weights, "optimizer": state.tensors, "ema": averaged}))
+    return saved._replace(model=weights, optimizer=state, ema=averaged)
 
 
 def saved_module(model: nn.Module) -> nn.Module:
