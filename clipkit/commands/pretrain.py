@@ -55,10 +55,15 @@ def pretrain(config: PretrainConfig) -> int | None:
       ValueError: a setting does not fit the data, the model or the run of that name.
       FileNotFoundError: there are no such shards or weights.
     """
-    print(f"clipkit pretrain: {Path(config.runs_dir) / (config.name or 'emoji')} (loading)", flush=True)
+    what = "the plan" if config.plan else Path(config.runs_dir) / (config.name or "emoji")
+    print(f"clipkit pretrain: {what} (loading)", flush=True)
     from clipkit.training.process import training_process
     from clipkit.training.stop import EXIT_STOPPED
 
+    if config.plan:
+        from clipkit.training.forecast import forecast_run
+
+        return print(forecast_run(config, make_model(config)))
     with training_process(config.device, timeout_seconds=config.parallel.timeout_seconds,
                           threads=config.train.threads) as process, contextlib.ExitStack() as cleanup:
         training, start = prepare(config, process, cleanup)

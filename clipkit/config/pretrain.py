@@ -21,6 +21,8 @@ class PretrainConfig:
     seed: int = setting("source of all randomness")
     runs_dir: str = setting("folder that holds the run folders", runtime=True)
     device: str = setting("auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"), runtime=True)
+    plan: str | None = setting("say what the run would cost, and end: true (on this machine), or <processes>x<device>, such as "
+                               "64xa100-80gb; null = train", runtime=True)
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
@@ -35,7 +37,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.name == "":
             raise ValueError("name is empty; give name=... (the run's folder is runs/<name>), or name=null for emoji")
-        if self.name is None and self.data.train != ("emoji",):
+        if self.name is None and self.data.train != ("emoji",) and not self.plan:
             raise ValueError("name is required for data other than emoji; give name=... (the run's folder is runs/<name>)")
         if self.name is None and self.model.start is not None:
             raise ValueError("name is required with model.start; give name=... (the run's folder is runs/<name>)")
