@@ -87,7 +87,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
     optimizer = OPTIMIZERS[name](model.parameters())
     train(model, optimizer, 3, seed=1)
     names = parameter_names(optimizer, model)
-    save_checkpoint(tmp_path, step=3, model_state=model.state_dict(), optimizer=optimizer, parameter_names=names)
+    save_checkpoint(tmp_path, step=3, model_state=model.state_dict(), optimizer=describe_optimizer(optimizer, names))
     train(model, optimizer, 3, seed=2)
 
     other = make_model(seed=9)
@@ -107,8 +107,8 @@ def test_optimizer_state_keeps_its_precision_and_layout_beside_bf16_weights(tmp_
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     values = torch.randn(4, 3, 3, 3)
     optimizer.state[model.weight] = {"momentum_buffer": values}
-    save_checkpoint(tmp_path, step=1, model_state=model.state_dict(), optimizer=optimizer,
-                    parameter_names=["weight", "bias"])
+    save_checkpoint(tmp_path, step=1, model_state=model.state_dict(),
+                    optimizer=describe_optimizer(optimizer, ["weight", "bias"]))
     fresh = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     restore_optimizer(fresh, ["weight", "bias"], load_checkpoint(tmp_path).optimizer)
     restored = fresh.state[model.weight]["momentum_buffer"]
@@ -125,7 +125,7 @@ def test_nested_state_and_group_values_come_back_as_they_were(tmp_path):
     settings = {"betas": (0.9, 0.95), "name": "decay", "initial_lr": 1e-5 / 3, "scale": torch.ones(())}
     optimizer.param_groups[0] |= settings
     optimizer.state[parameter] = {"factors": [torch.ones(2, 2), None, {"rows": torch.arange(2)}], "count": 7}
-    save_tiny(tmp_path, 1, optimizer=optimizer, parameter_names=["weight"])
+    save_tiny(tmp_path, 1, optimizer=describe_optimizer(optimizer, ["weight"]))
     fresh = torch.optim.SGD([parameter], lr=0.3)
     restore_optimizer(fresh, ["weight"], load_checkpoint(tmp_path).optimizer)
     group, state = fresh.param_groups[0], fresh.state[parameter]

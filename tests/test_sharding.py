@@ -73,7 +73,8 @@ def train_on_a_rank(rank: int, port: int, strategy: str, run_dir: Path) -> None:
         norms.append(float(step_of_one(model, optimizer, rows(step).chunk(WORLD_SIZE)[rank], max_norm=0.1)))
         average.update(step)
     saved = describe_optimizer(optimizer, parameter_names(optimizer, model))
-    save_in_parts(run_dir, STEPS, model.state_dict(), saved, average.weights, {}, [])
+    save_in_parts(run_dir, step=STEPS, model_state=model.state_dict(), optimizer=saved, ema_state=average.weights, state={},
+                  random_states=[])
     whole = whole_tensors(model.state_dict())
     if process.is_main:
         save_file({name: tensor.detach().contiguous() for name, tensor in whole.items()}, run_dir / "model.safetensors")

@@ -40,6 +40,7 @@ class Training(NamedTuple):
     loader: Any  # data.loader.TrainLoader
     plan: Any  # training.plan.Plan
     shards: list[str]
+    writer: Any  # training.background.BackgroundWriter | None
     timer: Any  # training.step_timer.StepTimer
     log: Any  # training.run_log.RunLog
     run_dir: Path
@@ -62,12 +63,16 @@ def pretrain(config: PretrainConfig) -> int | None:
 
     if config.plan:
         from clipkit.training.forecast import forecast_run
+        from clipkit.training.trained_model import make_model
 
         return print(forecast_run(config, make_model(config)))
     with training_process(config.device, timeout_seconds=config.parallel.timeout_seconds,
                           threads=config.train.threads) as process, contextlib.ExitStack() as cleanup:
         training, start = prepare(config, process, cleanup)
-        if train(training, start) == EXIT_STOPPED:
+        stopped = train(training, start) == EXIT_STOPPED
+        if training.writer:
+            training.writer.wait()
+        if stopped:
             return EXIT_STOPPED
         finish(training)
     return None
@@ -82,8 +87,10 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.data.loader import default_workers, make_train_loader
     from clipkit.data.samples import PictureExamples
     from clipkit.training.average import WeightAverage
+    from clipkit.training.background import BackgroundWriter
     from clipkit.training.estimate import estimate_step
     from clipkit.training.finetune import keep_start, learned_parameters, make_tower_optimizer
+    from clipkit.training.trained_model import make_model
     from clipkit.training.parallel import make_parallel, spread_weights
     from clipkit.training.plan import plan_run, summary
     from clipkit.training.random_state import seed_all
@@ -135,7 +142,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         log.say(f"finished  {saved.path} is the last" if finished else f"goes on   at step {start:,}, from {saved.path}")
     parallel = make_parallel(model, process, compile=False, strategy=config.parallel.strategy)
     return Training(config, process, model, parallel, plain, optimizer, start_weights, average, loader, plan, all_shards,
-                    StepTimer(), log, run_dir), start
+                    BackgroundWriter() if config.checkpoint.asynchronous else None, StepTimer(), log, run_dir), start
 
 
 def train(t: Training, start: int) -> int | None:
@@ -210,41 +217,6 @@ def train(t: Training, start: int) -> int | None:
     return None
 
 
-def make_model(config: PretrainConfig) -> Any:
-    """Build the towers, or load those that training starts from, and lock what is to be locked."""
-    import torch
-
-    from clipkit.model.attention import fuse_attention
-    from clipkit.model.build import build_model, lock_towers
-    from clipkit.model.image_text import has_batch_statistics
-    from clipkit.training.finetune import freeze_norms, load_start
-
-    settings = config.model
-    if settings.start:
-        model = load_start(settings.start, settings.pretrained, loss=config.loss.name)
-    else:
-        model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
-                            image_weights=settings.image_weights, image_size=settings.image_size,
-                            patch_dropout=settings.patch_dropout, loss=config.loss.name)
-    lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
-                text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
-    if config.optim.frozen_norms:
-        freeze_norms(model.towers)
-    if config.loss.name == "clip" and model.towers.logit_bias is not None:
-        model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
-    if config.train.fused_attention:
-        fuse_attention(model.towers, causal_text=model.trims_text)
-    if config.train.activation_checkpointing:
-        model.towers.set_grad_checkpointing(True)
-    if config.train.channels_last:  # before the optimizer is made or taken up: its state has the weights' layout
-        model.towers.visual.to(memory_format=torch.channels_last)
-    if config.train.micro_batch_size and has_batch_statistics(model) and not config.train.micro_batch_norm:
-        raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}, and the model has BatchNorm, whose "
-                         "statistics would be those of a micro-batch; choose a tower without, lock it, or allow it with "
-                         "train.micro_batch_norm=true")
-    return model
-
-
 def device_batches(t: Training) -> Iterator[Any]:
     """This process's batches on its device, without end; `train.overfit_batches` repeats the first few.
 
@@ -286,7 +258,8 @@ def save(t: Training, step: int) -> None:
     from clipkit.training.resume import save_run
 
     save_run(t.run_dir, step, model=t.model, optimizer=t.optimizer, average=t.average, loader=t.loader, shards=t.shards,
-             process=t.process, keep=t.config.checkpoint.keep, keep_every_steps=t.config.checkpoint.keep_every_steps)
+             process=t.process, keep=t.config.checkpoint.keep, keep_every_steps=t.config.checkpoint.keep_every_steps,
+             writer=t.writer)
 
 
 def finish(t: Training) -> None:

@@ -12,3 +12,8 @@ class CheckpointConfig:
     keep: int = setting("newest checkpoints that are kept", at_least(1), runtime=True)
     keep_every_steps: int | None = setting("checkpoints at multiples of this are kept for good; null = none", positive,
                                            runtime=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsynchronousCheckpointConfig(CheckpointConfig):
+    asynchronous: bool = setting("write copies beside the training that goes on; takes their size in main memory", runtime=True)

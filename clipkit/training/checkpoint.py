@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipkit.training.atomic_files import remove_quietly, write_text_atomically
 from clipkit.training.checkpoint_folders import STEP_FOLDER, remove_leftovers, step_folders, unfinished_checkpoint
 from clipkit.training.manifest import find_damage
-from clipkit.training.optimizer_state import OptimizerState, check_same_tensors, clean_name, describe_optimizer, unwrap
+from clipkit.training.optimizer_state import OptimizerState, check_same_tensors, clean_name, unwrap
 from clipkit.training.sharded_checkpoint import has_parts, read_whole
 from clipkit.training.sharding import copy_whole
 
@@ -41,17 +41,15 @@ class DamagedCheckpointError(ValueError):
 
 
 def save_checkpoint(run_dir: Path | str, *, step: int, model_state: Mapping[str, Tensor],
-                    optimizer: torch.optim.Optimizer | None = None, parameter_names: Sequence[str] = (),
-                    ema_state: Mapping[str, Tensor] | None = None, state: Mapping[str, Any] | None = None,
-                    random_states: Sequence[Mapping[str, Tensor]] = ()) -> Path:
+                    optimizer: OptimizerState | None = None, ema_state: Mapping[str, Tensor] | None = None,
+                    state: Mapping[str, Any] | None = None, random_states: Sequence[Mapping[str, Tensor]] = ()) -> Path:
     """Write checkpoints/step-<step>/ and point checkpoints/latest to it. Call it on one rank only.
 
     Args:
       run_dir: The run folder; `checkpoints` is made in it.
       step: Optimizer steps done. A checkpoint of the same step is replaced.
       model_state: State dict of the unwrapped model (see `unwrap`, `unwrap_names`). Tied tensors may be in it twice.
-      optimizer: Its state is saved under the names of its parameters.
-      parameter_names: One name a parameter, in the optimizer's order; see `optimizer_state.parameter_names`.
+      optimizer: What `optimizer_state.describe_optimizer` gave.
       ema_state: The averaged weights, by the same names as `model_state`.
       state: JSON-able: position of every lane, counters, what probes chose. Comes back as JSON does (lists for tuples).
       random_states: What `get_random_state` gave on each rank, in the order of ranks; their number is recorded as the
@@ -62,13 +60,10 @@ def save_checkpoint(run_dir: Path | str, *, step: int, model_state: Mapping[str,
 
     Raises:
       OSError: the disk is full, or the folder cannot be written; one line. Older checkpoints stay as they are.
-      ValueError: `parameter_names` do not fit the optimizer.
       TypeError: `state` is not JSON-able.
     """
-    optimizer_state = None if optimizer is None else describe_optimizer(optimizer, parameter_names)
-    tensors = {"model": model_state, "optimizer": optimizer_state and optimizer_state.tensors, "ema": ema_state}
-    text = state_text(step, optimizer=optimizer_state and optimizer_state.description, state=state,
-                      world_size=len(random_states))
+    text = state_text(step, optimizer=optimizer and optimizer.description, state=state, world_size=len(random_states))
+    tensors = {"model": model_state, "optimizer": optimizer and optimizer.tensors, "ema": ema_state}
     with unfinished_checkpoint(Path(run_dir), step) as folder:
         for name, named in tensors.items():
             if named is not None:

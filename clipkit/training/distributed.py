@@ -94,16 +94,16 @@ def any_process(*wishes: bool) -> tuple[bool, ...]:
     return tuple(map(any, zip(*gather_objects(wishes), strict=True)))
 
 
-def from_main(value: Any) -> Any:
-    """Give every process the plain object that rank 0 has."""
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Give every process the plain object that rank 0 has. `group`: of all processes; None = the default one."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
-def on_main(work: Callable[[], Result]) -> Result | None:
-    """Let rank 0 do something that may fail. All processes call it, and wait.
+def on_main(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result | None:
+    """Let rank 0 do something that may fail. All processes call it, and wait. `group` as of `from_main`.
 
     Returns:
       What it gave, on rank 0; None on the others.
@@ -117,7 +117,7 @@ def on_main(work: Callable[[], Result]) -> Result | None:
             result = work()
         except (OSError, ValueError) as caught:
             error = caught
-    error = from_main(error)
+    error = from_main(error, group)
     if error is not None:
         raise error
     return result

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipkit.data.loader import TrainLoader, merge_states
 from clipkit.model.folder import save_model_folder
 from clipkit.model.image_text import ImageTextModel
 from clipkit.training.average import WeightAverage
+from clipkit.training.background import BackgroundWriter, copies_on_host
 from clipkit.training.checkpoint import (
     Checkpoint,
     latest_good_checkpoint,
@@ -70,40 +72,67 @@ def check_shards(saved: Checkpoint, shards: Sequence[str]) -> None:
 
 def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer,
              average: WeightAverage | None, loader: TrainLoader, shards: Sequence[str], process: Process, keep: int,
-             keep_every_steps: int | None) -> None:
+             keep_every_steps: int | None, writer: BackgroundWriter | None = None) -> None:
     """Write a checkpoint, renew a CLIP's model folder, drop old checkpoints. All ranks call it.
 
-    Rank 0 writes; of weights that are shared out, every rank its own parts. Arguments as in `take_up`.
+    Rank 0 writes; of weights that are shared out, every rank its own parts. Arguments as in `take_up`. With a `writer`,
+    copies are written beside the training that goes on, after the checkpoint before is done.
 
     Raises:
-      OSError: it cannot be written; one line, on all ranks.
+      OSError: it, or with a writer the one before, cannot be written; one line, on all ranks.
     """
     random_states = gather_objects(get_random_state(process.device))
     position = merge_states(gather_objects(loader.state()))
     module = saved_module(model)
-    names = parameter_names(optimizer, module)
-    averaged = average.weights if average else None
+    described = describe_optimizer(optimizer, parameter_names(optimizer, module))
     state = {"loader": position, "shards": [Path(shard).name for shard in shards], "threads": torch.get_num_threads()}
-    if any(map(is_sharded, module.parameters())):
-        save_in_parts(run_dir, step, module.state_dict(), describe_optimizer(optimizer, names), averaged, state, random_states)
-        averaged = whole_tensors(averaged or module.state_dict())
+    in_parts = any(map(is_sharded, module.parameters()))
+    copied = copies_on_host if writer and (in_parts or process.is_main) else dict
+    if writer:
+        writer.wait()
+    weights, averaged = copied(module.state_dict()), copied(average.weights) if average else None
+    described = described._replace(tensors=copied(described.tensors))
+    whole = whole_tensors(average.weights if average else module.state_dict()) if in_parts else averaged or weights
+
+    def write() -> None:
+        group = writer.group if writer else None
+        content: dict[str, Any] = {"step": step, "model_state": weights, "optimizer": described, "ema_state": averaged,
+                                 "state": state, "random_states": random_states}
+        if in_parts:
+            save_in_parts(run_dir, **content, group=group)
+        else:
+            on_main(lambda: save_checkpoint(run_dir, **content), group)
+
+        def tidy_up() -> None:
+            if isinstance(model, ImageTextModel):
+                save_model_folder(model, run_dir / "model", whole)
+            prune_checkpoints(run_dir, keep, keep_every_steps)
+
+        on_main(tidy_up, group)
+
+    if writer:
+        writer.start(write)
     else:
-        on_main(lambda: save_checkpoint(run_dir, step=step, model_state=module.state_dict(), optimizer=optimizer,
-                                        parameter_names=names, ema_state=averaged, state=state, random_states=random_states))
-    if isinstance(model, ImageTextModel):
-        on_main(lambda: save_model_folder(model, run_dir / "model", averaged))
-    on_main(lambda: prune_checkpoints(run_dir, keep, keep_every_steps))
+        write()
 
 
-def save_in_parts(run_dir: Path, step: int, model_state: Mapping[str, Tensor], optimizer: OptimizerState,
-                  averaged: Mapping[str, Tensor] | None, state: Mapping[str, Any],
-                  random_states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write a checkpoint of which every process writes its own parts. Arguments as of `save_checkpoint`."""
+def save_in_parts(run_dir: Path, *, step: int, model_state: Mapping[str, Tensor], optimizer: OptimizerState,
+                  ema_state: Mapping[str, Tensor] | None, state: Mapping[str, Any],
+                  random_states: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint of which every process writes its own parts; all call it.
+
+    Arguments as of `save_checkpoint`; `group`: of all processes, over which they agree; None = the default one.
+    """
     text = state_text(step, optimizer=optimizer.description, state=state, world_size=len(random_states))
     with contextlib.ExitStack() as finished:
-        folder = from_main(on_main(lambda: finished.enter_context(unfinished_checkpoint(run_dir, step))))
-        write_parts(folder, with_kinds({"model": model_state, "optimizer": optimizer.tensors, "ema": averaged}))
-        on_main(lambda: (write_rest(folder, text, random_states), finished.pop_all().close())[0])
+        folder = from_main(on_main(lambda: finished.enter_context(unfinished_checkpoint(run_dir, step)), group), group)
+        write_parts(folder, with_kinds({"model": model_state, "optimizer": optimizer.tensors, "ema": ema_state}), group)
+
+        def complete() -> None:
+            write_rest(folder, text, random_states)
+            finished.pop_all().close()
+
+        on_main(complete, group)
 
 
 def take_up(saved: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,

@@ -1,0 +1,41 @@
+"""The model that a run trains, from its settings."""
+
+import torch
+
+from clipkit.config.pretrain import PretrainConfig
+from clipkit.model.attention import fuse_attention
+from clipkit.model.build import build_model, lock_towers
+from clipkit.model.image_text import ImageTextModel, has_batch_statistics
+from clipkit.training.finetune import freeze_norms, load_start
+
+
+def make_model(config: PretrainConfig) -> ImageTextModel:
+    """Build the towers, or load those that training starts from, and lock what is to be locked.
+
+    Raises:
+      ValueError: settings that do not fit the model; those of `build_model` and `load_start`.
+    """
+    settings = config.model
+    if settings.start:
+        model = load_start(settings.start, settings.pretrained, loss=config.loss.name)
+    else:
+        model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
+                            image_weights=settings.image_weights, image_size=settings.image_size,
+                            patch_dropout=settings.patch_dropout, loss=config.loss.name)
+    lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
+                text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
+    if config.optim.frozen_norms:
+        freeze_norms(model.towers)
+    if config.loss.name == "clip" and model.towers.logit_bias is not None:
+        model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
+    if config.train.fused_attention:
+        fuse_attention(model.towers, causal_text=model.trims_text)
+    if config.train.activation_checkpointing:
+        model.towers.set_grad_checkpointing(True)
+    if config.train.channels_last:  # before the optimizer is made or taken up: its state has the weights' layout
+        model.towers.visual.to(memory_format=torch.channels_last)
+    if config.train.micro_batch_size and has_batch_statistics(model) and not config.train.micro_batch_norm:
+        raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}, and the model has BatchNorm, whose "
+                         "statistics would be those of a micro-batch; choose a tower without, lock it, or allow it with "
+                         "train.micro_batch_norm=true")
+    return model
