@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clipkit.data.lanes import Cursor, Lane, check_lanes, default_lanes
-from clipkit.data.shards import BadSample, DataError
+from clipkit.data.shards import BadSample, DataError, RawSample
 from tests.conftest import write_tar
 
 Shards = list[list[str]]  # the keys of each shard
@@ -245,3 +245,36 @@ def test_lanes_fit_exactly_when_ranks_divide_them_and_they_divide_the_batch():
             if value:
                 check_lanes(int(value) if name == "data.lanes" else lanes,
                             int(value) if name != "data.lanes" else size, world)
+
+
+@pytest.mark.parametrize(("num_shards", "lanes"), [(20, 4), (3, 8), (64, 64), (70, 64)])
+@pytest.mark.parametrize("resampled", [False, True])
+def test_shards_met_are_those_that_were_opened(num_shards, lanes, resampled):
+    opened = Counter()
+    shards = [f"{shard}" for shard in range(num_shards)]
+
+    def read(url, *, keep):
+        opened[url] += 1
+        return ((number, RawSample("k", url, b"", "png", b"", None, None) if keep(number) else None) for number in range(40))
+
+    met = 0.0
+    for number in range(lanes):
+        lane = Lane([shards], lane=number, lanes=lanes, seed=0, block_samples=8, resampled=resampled, read=read)
+        for _ in range(500):
+            next(lane)
+        met += lane.shards_met
+    shared = lanes if num_shards < lanes and not resampled else 1
+    assert met == pytest.approx(opened.total() / shared, rel=0.15)
+
+
+def test_the_shard_that_comes_next_is_told_while_one_is_read(tmp_path):
+    told, opened = [], []
+
+    def read(url, *, keep):
+        opened.append(url)
+        return ((number, RawSample("k", url, b"", "png", b"", None, None)) for number in range(8))
+
+    lane = Lane([[f"{i}" for i in range(6)]], lane=0, lanes=2, seed=0, block_samples=4, read=read, fetch_ahead=told.append)
+    for _ in range(24):
+        next(lane)
+    assert opened[1:3] == sorted(set(told), key=told.index) and len(opened) == 3

@@ -30,8 +30,9 @@ OFF: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(
 AUGMENT = AugmentConfig(**OFF | {"crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 1.33), "flip": 0.5, "zoom": (1.0, 1.0),
                                  "colour_jitter": (0.0, 0.0, 0.0, 0.0)})
 DATA = DataConfig(train=("x",), weights=None, caption_fields=None, caption_weights=None, lanes=None, block_samples=8,
-                  resampled=False, decode="exact", max_pixels=10**6, max_bad_fraction=0.05, allow_pipe=False, workers=0,
-                  cache_dir=None, augment=AUGMENT)
+                  resampled=False, decode="exact", max_pixels=10**6, max_bad_fraction=0.05, max_bad_shards_fraction=0.5,
+                  allow_pipe=False, workers=0, retries=2, timeout_seconds=10.0, shard_cache_gb=None, cache_dir=None,
+                  augment=AUGMENT)
 Members = list[tuple[str, bytes]]
 
 

@@ -253,7 +253,7 @@ def test_samples_not_kept_are_skipped_without_reading_them(tmp_path, monkeypatch
             num_read += count or 0
             return count
 
-    monkeypatch.setattr(tars, "open_shard", lambda url, allow_pipe: io.BufferedReader(Counting(url), 4096))
+    monkeypatch.setattr(tars, "open_shard", lambda url, **_: io.BufferedReader(Counting(url), 4096))
     assert [sample.key for sample in good(path, keep=lambda i: i == 7)] == ["7"]
     assert num_read < 1.2 * 10**6  # one picture and the headers, of ten
 
@@ -274,30 +274,6 @@ def test_shards_are_read_from_a_server(tmp_path, server):
         expand_shards([f"{server}/999.tar"])
     [missing] = read_shard(f"{server}/999.tar")
     assert isinstance(missing, BadSample) and missing.cause == "unreadable shard"
-
-
-def test_a_connection_that_breaks_is_opened_again_where_it_stopped(tmp_path, monkeypatch):
-    data = Path(write_tar(tmp_path / "x.tar", pairs(20))).read_bytes()
-    expected = good(str(tmp_path / "x.tar"))
-
-    class Breaking(io.BytesIO):
-        def read(self, size=-1):
-            found = super().read(size)
-            if not found:
-                raise ConnectionResetError("peer")
-            return found
-
-    def break_at(*shares: float) -> None:
-        left = list(shares)
-        monkeypatch.setattr(tars, "open_shard", lambda url, allow_pipe: Breaking(data[:int(left.pop(0) * len(data))]))
-
-    monkeypatch.setattr(tars, "RETRY_AFTER_SECONDS", (0.0, 0.0))
-    break_at(0.4, 0.7, 1.0)
-    assert [sample[2:] for sample in good("http://x/x.tar")] == [sample[2:] for sample in expected]
-    break_at(0.4, 0.7, 0.7)
-    *some, last = read_shard("http://x/x.tar")  # three broken connections are too many
-    assert isinstance(last, BadSample) and last.cause == "unreadable shard" and "peer" in last.detail
-    assert [sample[2:] for sample in some] == [sample[2:] for sample in expected[:len(some)]] and len(some) > 10
 
 
 # Counting

@@ -205,7 +205,8 @@ def train(t: Training, start: int) -> int | None:
             done = step + 1
             due = timetable.after(done, stop=stop.wanted)
             if due.log:
-                log.step(done, watch.look(done, meter.take(done, lr=lr, features=features, bad=t.loader.bad), features, batch))
+                numbers = meter.take(done, lr=lr, features=features, bad=t.loader.bad, by_source=t.loader.by_source)
+                log.step(done, watch.look(done, numbers, features, batch))
             with t.timer.paused():
                 if due.evaluation:
                     evaluate_and_log(t, done)

@@ -41,8 +41,13 @@ class DataConfig:
                           choices=("exact", "fast"))
     max_pixels: int = setting("larger images are bad samples (decompression bombs)", positive)
     max_bad_fraction: float = setting("share of bad samples that stops the run", fraction)
+    max_bad_shards_fraction: float = setting("share of unreadable shards that stops the run", fraction, runtime=True)
     allow_pipe: bool = setting("allow pipe: URLs, which run shell commands", runtime=True)
     workers: int | None = setting("loader processes a rank; null = by the number of cores", at_least(0), runtime=True)
+    retries: int = setting("how often a request to an object store is repeated, with growing waits", at_least(0), runtime=True)
+    timeout_seconds: float = setting("longest wait for an object store's next bytes", positive, runtime=True)
+    shard_cache_gb: float | None = setting("remote shards kept on the local disk, in cache_dir; null = none", positive,
+                                           runtime=True)
     cache_dir: str | None = setting("folder for unpacked data; null = the user's cache", runtime=True)
     augment: AugmentConfig
 

@@ -4,9 +4,11 @@ What is in a shard is tars.py; decoding is samples.py; lanes to batches is loade
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from clipkit.data.tars import BadSample, DataError, RawSample, read_numbered
 
@@ -48,6 +50,37 @@ def check_lanes(lanes: int, global_batch_size: int, world_size: int) -> None:
                      + (" or ".join(options) or f"train.global_batch_size to a multiple of {world_size}"))
 
 
+def shards_met(cursor: Sequence[int], *, num_shards: int, lanes: int, resampled: bool) -> float:
+    """How many shards of a source a lane has begun, to judge the share of those that fail by.
+
+    Of a shard that lanes share, each has its part; where lanes don't divide the shards, it is the mean over the lanes.
+    """
+    epoch, place, _, _ = cursor
+    if resampled:
+        return epoch + 1
+    share = lanes if num_shards < lanes else 1
+    return epoch * num_shards / lanes + (place + 1) / share
+
+
+@lru_cache(maxsize=32)  # the lanes of a process share it: shuffling 100,000 shards takes 50 ms
+def _everyones_order(seed: int, source: int, epoch: int, num_shards: int) -> array:
+    order = array("i", range(num_shards))
+    _rng(seed, source, "shards", epoch).shuffle(order)
+    return order
+
+
+def _rng(*parts: object) -> random.Random:
+    return random.Random("/".join(map(str, parts)))
+
+
+class Reader(Protocol):
+    """Reads the samples of one shard, as tars.read_numbered."""
+
+    def __call__(self, url: str, *, keep: Callable[[int], bool]) -> Iterator[tuple[int, RawSample | BadSample | None]]:
+        """Yield (number in the shard, item), None for those not kept."""
+        ...
+
+
 class LaneSource:
     """One lane's endless stream over one source; exact from any Cursor.
 
@@ -59,14 +92,14 @@ class LaneSource:
     """
 
     def __init__(self, shards: Sequence[str], *, source: int, lane: int, lanes: int, seed: int, block_samples: int,
-                 resampled: bool = False, allow_pipe: bool = False, with_npy: bool = False, cursor: Cursor) -> None:
+                 resampled: bool = False, read: Reader, fetch_ahead: Callable[[str], None], cursor: Cursor) -> None:
         self.shards, self.source, self.lane, self.lanes = shards, source, lane, lanes
         self.seed, self.block_samples, self.resampled = seed, block_samples, resampled
-        self.allow_pipe, self.with_npy = allow_pipe, with_npy
+        self.read, self.fetch_ahead = read, fetch_ahead
         self.by_sample = len(shards) < lanes and not resampled
         self.first_block = max(1, block_samples * (lane + 1) // lanes)
         self.cursor = cursor
-        self.order = self._shard_order(cursor.epoch)
+        self.order: Sequence[int] = self._shard_order(cursor.epoch)
         self.reader: Iterator[RawSample | BadSample] | None = None  # None: before a shard, or behind its last block
         self.block: list[RawSample | BadSample | None] = []
         self.barren = 0  # shards in a row that held nothing for this lane
@@ -107,7 +140,9 @@ class LaneSource:
             self._next_shard()
             return
         self.barren = 0
-        self._rng("block", self.lane, epoch, self.order[place], block).shuffle(items)
+        if place + 1 < len(self.order):
+            self.fetch_ahead(self.shards[self.order[place + 1]])
+        _rng(self.seed, self.source, "block", self.lane, epoch, self.order[place], block).shuffle(items)
         items[:offset] = [None] * min(offset, len(items))
         self.block = items
 
@@ -131,16 +166,16 @@ class LaneSource:
     def _block_start(self, block: int) -> int:
         return 0 if block == 0 else self.first_block + (block - 1) * self.block_samples
 
-    def _shard_order(self, epoch: int) -> list[int]:
+    def _shard_order(self, epoch: int) -> Sequence[int]:
         """This lane's shards of an epoch, in order."""
         num_shards = len(self.shards)
         if self.resampled:
-            return [self._rng("draw", self.lane, epoch).randrange(num_shards)]
-        order = list(range(num_shards))
+            return [_rng(self.seed, self.source, "draw", self.lane, epoch).randrange(num_shards)]
         if self.by_sample:
-            self._rng("shards", self.lane, epoch).shuffle(order)
+            order = list(range(num_shards))
+            _rng(self.seed, self.source, "shards", self.lane, epoch).shuffle(order)
             return order
-        self._rng("shards", epoch).shuffle(order)
+        order = _everyones_order(self.seed, self.source, epoch, num_shards)
         # Lanes that got one shard more pass that on, by turns, from epoch to epoch.
         return order[(self.lane + epoch * (num_shards % self.lanes)) % self.lanes::self.lanes]
 
@@ -151,17 +186,13 @@ class LaneSource:
         def keep(number: int) -> bool:
             return number >= first + start * step and (number - first) % step == 0
 
-        for number, item in read_numbered(self.shards[shard], keep=keep, allow_pipe=self.allow_pipe,
-                                          with_npy=self.with_npy):
+        for number, item in self.read(self.shards[shard], keep=keep):
             if isinstance(item, BadSample) and number < 0:
                 self.last_trouble = item
                 if first:
                     return  # one of the lanes that share the shard counts it
             if item is not None:
                 yield item
-
-    def _rng(self, *parts: object) -> random.Random:
-        return random.Random("/".join(map(str, (self.seed, self.source, *parts))))
 
 
 def start_of_lane(num_sources: int) -> dict[str, Any]:
@@ -179,17 +210,17 @@ class Lane:
       block_samples: samples that are read and permuted together; as many encoded samples are held in memory.
       weights: relative frequency of each source's samples. None = the sources are joined into one.
       resampled: draw shards with replacement.
-      allow_pipe: as in tars.open_shard.
-      with_npy: as in tars.read_numbered.
+      read: reads a shard.
+      fetch_ahead: told the shard that comes after the one being read, again and again.
       state: what `state()` gave. None = from the start.
 
     Iterating raises DataError (a ValueError) when there is nothing to read for this lane.
     """
 
     def __init__(self, sources: Sequence[Sequence[str]], *, lane: int, lanes: int, seed: int, block_samples: int,
-                 weights: Sequence[float] | None = None, resampled: bool = False, allow_pipe: bool = False,
-                 with_npy: bool = False, state: dict[str, Any] | None = None) -> None:
-        if weights is None:
+                 weights: Sequence[float] | None = None, resampled: bool = False, read: Reader = read_numbered,
+                 fetch_ahead: Callable[[str], None] = lambda url: None, state: dict[str, Any] | None = None) -> None:
+        if weights is None and len(sources) > 1:
             sources = [[shard for source in sources for shard in source]]
         state = state or start_of_lane(len(sources))
         cursors = [Cursor(*cursor) for cursor in state["cursors"]]
@@ -198,9 +229,10 @@ class Lane:
                              "resume with the data that the run began with")
         self.lane, self.seed, self.weights = lane, seed, weights
         self.position: int = state["position"]  # samples given, bad ones too
+        self.last_source = 0  # that of the sample given last
         self.sources = [
             LaneSource(shards, source=number, lane=lane, lanes=lanes, seed=seed, block_samples=block_samples,
-                       resampled=resampled, allow_pipe=allow_pipe, with_npy=with_npy, cursor=cursor)
+                       resampled=resampled, read=read, fetch_ahead=fetch_ahead, cursor=cursor)
             for number, (shards, cursor) in enumerate(zip(sources, cursors, strict=True))
         ]
 
@@ -214,12 +246,18 @@ class Lane:
             source = draw.choices(range(len(self.sources)), self.weights)[0]
         item = next(self.sources[source])
         self.position += 1
+        self.last_source = source
         return item
 
     @property
     def epochs(self) -> float:
         """Passes begun over the sources, summed over them."""
         return sum(source.cursor.epoch / (len(source.shards) if source.resampled else 1) for source in self.sources)
+
+    @property
+    def shards_met(self) -> float:
+        return sum(shards_met(source.cursor, num_shards=len(source.shards), lanes=source.lanes, resampled=source.resampled)
+                   for source in self.sources)
 
     def state(self) -> dict[str, Any]:
         """Everything that a Lane with the same settings needs to go on, for JSON."""

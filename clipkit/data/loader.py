@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +19,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipkit.data.batch import Batch
-from clipkit.data.lanes import check_lanes, start_of_lane
-from clipkit.data.parts import LaneStreams, Part, empty_rows
+from clipkit.data.lanes import Reader, check_lanes, shards_met, start_of_lane
+from clipkit.data.parts import UNREADABLE, LaneStreams, Part, empty_rows
+from clipkit.data.remote import remote_shards
 from clipkit.data.samples import Examples
-from clipkit.data.tars import BadSample, DataError
+from clipkit.data.tars import BadSample, DataError, read_numbered
 
 if TYPE_CHECKING:
     from clipkit.config.data import DataConfig
 
 MAX_DEFAULT_WORKERS = 8
 MIN_SEEN = 100  # samples before a share of bad ones is judged
+MIN_SHARDS_MET = 20  # shards before a share of unreadable ones is judged
 SIGTERM_GRACE_SECONDS = 30  # what Slurm and torchrun leave between SIGTERM and SIGKILL
 PARTS_AHEAD = 2  # parts of batches that each worker prepares ahead
 
@@ -40,11 +44,12 @@ def default_workers(local_world_size: int = 1) -> int:
 def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], lanes: int,
                       tokenize: Callable[[list[str]], Tensor], examples: Examples, seed: int,
                       global_batch_size: int, rank: int = 0, world_size: int = 1, local_world_size: int = 1,
-                      pin_memory: bool = False, state: dict[str, Any] | None = None) -> "TrainLoader":
+                      pin_memory: bool = False, state: dict[str, Any] | None = None,
+                      read: Reader | None = None) -> "TrainLoader":
     """Build the endless loader of one rank.
 
     Args:
-      data: block_samples, weights, resampled, max_bad_fraction, allow_pipe and workers are read from it.
+      data: what says how samples are found, not what is done to one; that is in `examples`.
       shards: the shards of each source.
       lanes: number of streams that the order is made of; a multiple of world_size that divides global_batch_size.
       tokenize: texts to (N, L) int32; picklable where workers are not forked (macOS, Windows).
@@ -54,6 +59,7 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
       rank, world_size, local_world_size: of this process; the last only for the default number of workers.
       pin_memory: give batches in page-locked memory.
       state: where to go on: merge_states() of what all ranks' loaders gave, from any number of ranks and workers.
+      read: reads a shard; None = tars.read_numbered. Simulations give their own.
 
     Raises:
       ValueError: lanes do not fit, a source has no shards, or the state is of other lanes or sources.
@@ -62,11 +68,13 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
     for number, source in enumerate(shards):
         if not source:
             raise ValueError(f"source {number} of {len(shards)} has no shards; give each source at least one")
+    if data.weights is None and len(shards) > 1:
+        shards = [list(chain.from_iterable(shards))]  # joined here, once for all lanes
     own = [str(lane) for lane in range(rank * lanes // world_size, (rank + 1) * lanes // world_size)]
     if state is None:
-        start = start_of_lane(1 if data.weights is None else len(shards)) | {"bad": {}}
+        start = start_of_lane(len(shards)) | {"bad": {}}
         positions = dict.fromkeys(own, start)
-    elif set(state["lanes"]) != {str(lane) for lane in range(lanes)}:
+    elif len(state["lanes"]) != lanes or not state["lanes"].keys() >= set(own):
         raise ValueError(f"the saved position has {len(state['lanes'])} lanes, this run {lanes}; resume with "
                          f"data.lanes={len(state['lanes'])}")
     else:
@@ -77,8 +85,10 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
             warnings.warn(f"data.workers is {workers}, but a rank has {len(own)} lanes and a lane is not divided: "
                           f"using {len(own)} workers", stacklevel=2)
         workers = len(own)
-    streams = LaneStreams(data=data, shards=shards, num_lanes=lanes, tokenize=tokenize, examples=examples,
-                           seed=seed, rows_per_lane=global_batch_size // lanes)
+    remote = remote_shards(data)
+    read = read or partial(read_numbered, allow_pipe=data.allow_pipe, with_npy=examples.reads_npy, remote=remote)
+    streams = LaneStreams(data=data, shards=shards, num_lanes=lanes, tokenize=tokenize, examples=examples, read=read,
+                          fetch_ahead=remote.fetch_ahead, seed=seed, rows_per_lane=global_batch_size // lanes)
     return TrainLoader(streams, positions, workers=workers, pin_memory=pin_memory)
 
 
@@ -105,7 +115,8 @@ class TrainLoader:
     """Iterate for this rank's Batches, without end. Make it with make_train_loader.
 
     Iterating raises DataError (a ValueError) when there is nothing to read, or when, after the first 100 samples of
-    this rank, more than data.max_bad_fraction of them are bad; and RuntimeError when a worker process died.
+    this rank, more than data.max_bad_fraction of them are bad, or, after its first 20 shards, more than
+    data.max_bad_shards_fraction of those unreadable; and RuntimeError when a worker process died.
 
     Attributes:
       last_bad: by cause, the last BadSample that this process met.
@@ -122,6 +133,14 @@ class TrainLoader:
     def bad(self) -> dict[str, int]:
         """Bad samples by cause, of this rank's lanes, since the run began (also before it was resumed)."""
         return self.state()["bad"]
+
+    @property
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Samples drawn and bad ones by entry of data.train, counted as `bad` is; {} where the sources are joined."""
+        if self._streams.data.weights is None:
+            return {}
+        return {name: dict(sum((Counter(position.get(name)) for position in self._positions.values()), Counter()))
+                for name in ("drawn_by_source", "bad_by_source")}
 
     def state(self) -> dict[str, Any]:
         """Where to go on after the last batch given, whatever workers have prepared beyond it.
@@ -157,15 +176,28 @@ class TrainLoader:
         bad = Counter(self.bad)
         seen = sum(position["position"] for position in self._positions.values())
         allowed = self._streams.data.max_bad_fraction
-        if not failure and (seen < MIN_SEEN or bad.total() <= allowed * seen):
+        trouble = self._unreadable_shards(bad[UNREADABLE])
+        if not failure and not trouble and (seen < MIN_SEEN or bad.total() <= allowed * seen):
             return
         self.close()
         causes = ", ".join(f"{count} {cause}" for cause, count in bad.most_common())
         shown = "; ".join(f"{cause}: {sample.url} key {sample.key}: {sample.detail}" if sample.key else
                           f"{cause}: {sample.url}: {sample.detail}" for cause, sample in self.last_bad.items())
-        raise DataError(f"{bad.total()} of {seen} samples are bad, allowed are {allowed:.0%} (data.max_bad_fraction)"
+        trouble = trouble or f"{bad.total()} of {seen} samples are bad, allowed are {allowed:.0%} (data.max_bad_fraction)"
+        raise DataError(trouble
                         + (f"; by cause: {causes}" if causes else "") + (f"; for instance {shown}" if shown else "")
                         + (f"; {failure}" if failure else "") + "; look with: clipkit shards check data=<shards>")
+
+    def _unreadable_shards(self, unreadable: int) -> str:
+        """What is wrong where too many of the shards met are unreadable, else ""."""
+        data, lanes = self._streams.data, self._streams.num_lanes
+        met = sum(shards_met(cursor, num_shards=len(source), lanes=lanes, resampled=data.resampled)
+                  for position in self._positions.values()
+                  for cursor, source in zip(position["cursors"], self._streams.shards, strict=True))
+        if met < MIN_SHARDS_MET or unreadable <= data.max_bad_shards_fraction * met:
+            return ""
+        return (f"{unreadable} of about {met:.0f} shards are unreadable, allowed are {data.max_bad_shards_fraction:.0%} "
+                "(data.max_bad_shards_fraction)")
 
 
 def _join(parts: Sequence[Part], pin_memory: bool) -> Batch:

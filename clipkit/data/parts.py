@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipkit.data.lanes import Lane
+from clipkit.data.lanes import Lane, Reader
 from clipkit.data.samples import Example, Examples
 from clipkit.data.tars import BadSample, DataError, RawSample
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from clipkit.config.data import DataConfig
 
 MAX_BAD_RUN = 1000  # bad samples in a row after which a lane judges their share without waiting for a batch
+MAX_UNREADABLE_RUN = 5  # unreadable shards likewise: each may have taken minutes of retries
+UNREADABLE = "unreadable shard"
 
 
 class Part(NamedTuple):
@@ -45,6 +47,8 @@ class LaneStreams:
     num_lanes: int
     tokenize: Callable[[list[str]], Tensor]
     examples: Examples
+    read: Reader
+    fetch_ahead: Callable[[str], None]  # told the shard that a lane will read next
     seed: int
     rows_per_lane: int  # of each batch
 
@@ -78,12 +82,18 @@ class GoodExamples:
         self.number, self.streams = number, streams
         self.lane = Lane(streams.shards, lane=number, lanes=streams.num_lanes, seed=streams.seed,
                          block_samples=data.block_samples, weights=data.weights, resampled=data.resampled,
-                         allow_pipe=data.allow_pipe, with_npy=streams.examples.reads_npy, state=position)
+                         read=streams.read, fetch_ahead=streams.fetch_ahead, state=position)
         self.bad = Counter(position["bad"])
+        # A checkpoint written before these were counted lacks them: they then count from there on.
+        self.drawn_by_source = Counter(position.get("drawn_by_source", {}))
+        self.bad_by_source = Counter(position.get("bad_by_source", {}))
         self.last_bad: dict[str, BadSample] = {}
 
     def state(self) -> dict[str, Any]:
-        return self.lane.state() | {"bad": dict(self.bad)}
+        state = self.lane.state() | {"bad": dict(self.bad)}
+        if self.streams.data.weights is None:
+            return state
+        return state | {"drawn_by_source": dict(self.drawn_by_source), "bad_by_source": dict(self.bad_by_source)}
 
     def take_bad(self) -> dict[str, BadSample]:
         """By cause, the last BadSample since the last call."""
@@ -91,17 +101,25 @@ class GoodExamples:
         return taken
 
     def __next__(self) -> Example:
-        data, run, begun = self.streams.data, 0, self.lane.epochs
+        data, run, unreadable_run, begun = self.streams.data, 0, 0, self.lane.epochs
         while True:
             rng = random.Random(f"{self.streams.seed}/{self.number}/{self.lane.position}")
             item = next(self.lane)
+            source = data.train[self.lane.last_source]
+            self.drawn_by_source[source] += 1
             if isinstance(item, RawSample):
                 item = self.streams.examples(item, rng)
             if isinstance(item, Example):
                 return item
             self.bad[item.cause] += 1
+            self.bad_by_source[source] += 1
             self.last_bad[item.cause] = item
             run += 1
             too_many = self.bad.total() > data.max_bad_fraction * self.lane.position
             if run >= MAX_BAD_RUN and (too_many or self.lane.epochs >= begun + 2):
                 raise DataError(f"lane {self.number} met {run} bad samples in a row")
+            unreadable_run = unreadable_run + 1 if item.cause == UNREADABLE else 0
+            allowed = data.max_bad_shards_fraction * self.lane.shards_met
+            if unreadable_run >= MAX_UNREADABLE_RUN and self.bad[UNREADABLE] > allowed:
+                raise DataError(f"lane {self.number} met {unreadable_run} unreadable shards in a row "
+                                f"(data.max_bad_shards_fraction is {data.max_bad_shards_fraction:g})")

@@ -60,8 +60,8 @@ def _expand(pattern: str, allow_pipe: bool) -> list[str]:
         return [shard for name in _braces(escaped) for shard in _local_shards(name)]
     names = _braces(pattern)
     shards = [shard for name in names for shard in _remote_shards(name)]
-    if not any(map(_is_remote_glob, names)) and not _remote_exists(shards[0]):  # of many, one request: the first
-        raise FileNotFoundError(f"no shard at {shards[0]} (from {pattern!r}); check the URL and your access to it")
+    if not any(map(_is_remote_glob, names)):
+        _check_remote(shards[0], pattern)  # of many, one request: the first
     return shards
 
 
@@ -138,9 +138,13 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{url!r} cannot be opened: {error}") from error
 
 
-def _remote_exists(url: str) -> bool:
-    filesystem, path = _filesystem(url)
-    return bool(filesystem.exists(path))
+def _check_remote(url: str, pattern: str) -> None:
+    _filesystem(url)
+    try:
+        open_shard(url).close()
+    except Exception as error:  # fsspec's backends raise classes of their own (aiohttp, botocore, ...)
+        raise FileNotFoundError(f"no shard at {url} (from {pattern!r}; {type(error).__name__}: {error}); check the URL and "
+                                "your access to it") from error
 
 
 def count_samples(urls: Sequence[str], cache_dir: str | Path | None = None) -> int | None:

@@ -7,23 +7,20 @@ lanes.py.
 import io
 import subprocess
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from lzma import LZMAError
 from typing import IO, Any, NamedTuple, cast
 
-import fsspec
+from clipkit.data.remote import READ_BUFFER_BYTES, RemoteShards, is_local
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 READ_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "txt", "json", "cls"))
 PROBLEM = "problem"  # pseudo suffix under which a damaged member travels through the grouping
 MAX_MEMBER_BYTES = 256 * 2**20  # far above any training picture; a larger member is a bad sample
 MAX_HEADER_BYTES = 2**20  # of a pax or GNU long-name header, which tarfile reads whole
-READ_BUFFER_BYTES = 2**16
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, LZMAError)  # what a cut or corrupt archive raises
-RETRY_AFTER_SECONDS = (0.5, 4.0)  # a connection that breaks is opened again this often
 
 
 class RawSample(NamedTuple):
@@ -52,17 +49,13 @@ class DataError(ValueError):
     """The data cannot be trained on: too many bad samples, or none good."""
 
 
-def is_local(url: str) -> bool:
-    """Whether a shard is a file of this machine (no URL, no fsspec chain)."""
-    return "://" not in url and "::" not in url and not url.startswith("pipe:")
-
-
-def open_shard(url: str, *, allow_pipe: bool = False) -> IO[bytes]:
+def open_shard(url: str, *, allow_pipe: bool = False, remote: RemoteShards | None = None) -> IO[bytes]:
     """Open a shard for reading from its start.
 
     Args:
       url: a path, any fsspec URL (also chained: `simplecache::https://...`), or `pipe:` and a shell command.
       allow_pipe: whether `pipe:` may start its command.
+      remote: how URLs are read; None = with its own defaults.
 
     Raises:
       OSError: it is missing or cannot be read.
@@ -75,10 +68,7 @@ def open_shard(url: str, *, allow_pipe: bool = False) -> IO[bytes]:
         return _PipeReader(url.removeprefix("pipe:"))
     if is_local(url):
         return open(url, "rb", buffering=READ_BUFFER_BYTES)
-    filesystem, path = fsspec.url_to_fs(url)
-    # A shard is read once from start to end: one plain GET, also from servers without range requests.
-    options = {"block_size": 0} if url.startswith(("http://", "https://")) else {}
-    return cast(IO[bytes], filesystem.open(path, "rb", **options))
+    return (remote or RemoteShards()).open(url)
 
 
 class _PipeReader(io.BufferedReader):
@@ -99,7 +89,7 @@ def refuse_pipe(url: str) -> str:
 
 
 def read_shard(url: str, *, keep: Callable[[int], bool] | None = None, max_member_bytes: int = MAX_MEMBER_BYTES,
-               allow_pipe: bool = False) -> Iterator[RawSample | BadSample]:
+               allow_pipe: bool = False, remote: RemoteShards | None = None) -> Iterator[RawSample | BadSample]:
     """Read the samples of a shard in archive order.
 
     Only images, .txt, .json and .cls members are looked at; any other member, a link, and a name that leads out of
@@ -110,68 +100,54 @@ def read_shard(url: str, *, keep: Callable[[int], bool] | None = None, max_membe
       keep: told the number of a sample in the shard (0, 1, ...), says whether to read it; the bytes of others are
         skipped (a seek in a local uncompressed tar). None = all.
       max_member_bytes: a larger member makes its sample a bad one, and is not read.
-      allow_pipe: as in open_shard.
+      allow_pipe, remote: as in open_shard.
 
     Yields:
       A RawSample or BadSample for each sample kept, then at most one BadSample with key None for the shard: "truncated
       shard", "unreadable shard" or "empty shard".
     """
-    for _, item in read_numbered(url, keep=keep, max_member_bytes=max_member_bytes, allow_pipe=allow_pipe):
+    for _, item in read_numbered(url, keep=keep, max_member_bytes=max_member_bytes, allow_pipe=allow_pipe, remote=remote):
         if item is not None:
             yield item
 
 
 def read_numbered(url: str, *, keep: Callable[[int], bool] | None = None, max_member_bytes: int = MAX_MEMBER_BYTES,
-                  allow_pipe: bool = False, with_npy: bool = False,
+                  allow_pipe: bool = False, with_npy: bool = False, remote: RemoteShards | None = None,
                   ) -> Iterator[tuple[int, RawSample | BadSample | None]]:
     """As read_shard, but yield (number in the shard, item) for all samples, None for those not kept.
 
     Trouble with the shard itself has number -1. `with_npy` reads .npy members too, the labels of multi-label sets; in
-    other shards they hold embeddings and the like, which would be read for nothing.
+    other shards they hold embeddings and the like, which would be read for nothing. `remote`: as in open_shard.
     """
     suffixes = READ_SUFFIXES | {"npy"} if with_npy else READ_SUFFIXES
-    given = 0
-    waits = iter(() if is_local(url) else RETRY_AFTER_SECONDS)
-    while True:
-        try:
-            for number, item in _read_once(url, keep, given, max_member_bytes, allow_pipe, suffixes):
-                yield number, item
-                given = number + 1
-            return
-        except Exception as error:  # fsspec's backends raise classes of their own (aiohttp, botocore, ...)
-            wait = None if isinstance(error, FileNotFoundError | PermissionError | ImportError) else next(waits, None)
-            if wait is None:
-                yield -1, BadSample("unreadable shard", url, None, f"{type(error).__name__}: {error}")
-                return
-            time.sleep(wait)
+    try:
+        with open_shard(url, allow_pipe=allow_pipe, remote=remote) as file:
+            yield from _read_open(file, url, keep or (lambda number: True), max_member_bytes, suffixes)
+    except Exception as error:  # fsspec's backends raise classes of their own (aiohttp, botocore, ...)
+        yield -1, BadSample("unreadable shard", url, None, f"{type(error).__name__}: {error}")
 
 
-def _read_once(url: str, keep: Callable[[int], bool] | None, start: int, max_member_bytes: int,
-               allow_pipe: bool, suffixes: frozenset[str]) -> Iterator[tuple[int, RawSample | BadSample | None]]:
-    """Open the shard and read its samples from number `start` on; errors of the connection are raised."""
+def _read_open(file: IO[bytes], url: str, wanted: Callable[[int], bool], max_member_bytes: int,
+               suffixes: frozenset[str]) -> Iterator[tuple[int, RawSample | BadSample | None]]:
+    """Read the samples of an open shard; errors of the connection are raised."""
     from webdataset.tariterators import group_by_keys
 
-    def wanted(number: int) -> bool:
-        return number >= start and (keep is None or keep(number))
-
-    with open_shard(url, allow_pipe=allow_pipe) as file:
-        try:
-            archive = _open_archive(file, seekable=is_local(url))
-        except DAMAGE as error:
-            yield -1, BadSample("unreadable shard", url, None, f"not a tar: {error}")
-            return
-        members = _Members(archive, url, wanted, max_member_bytes, suffixes)
-        number = -1
-        for number, group in enumerate(group_by_keys(iter(members), keys=lambda name: (name[0], name[1]))):
-            if group["__key__"] == members.cut_key:
-                break
-            if number >= start:
-                yield number, _sample(group) if wanted(number) else None
-        if members.damage:
-            yield -1, BadSample("truncated shard", url, None, members.damage)
-        elif number < 0:
-            yield -1, BadSample("empty shard", url, None, "no .jpg, .png, .webp, .txt, .json or .cls member"
-                                + (f", but {members.passed_over!r}" if members.passed_over else ""))
+    try:
+        archive = _open_archive(file)
+    except DAMAGE as error:
+        yield -1, BadSample("unreadable shard", url, None, f"not a tar: {error}")
+        return
+    members = _Members(archive, url, wanted, max_member_bytes, suffixes)
+    number = -1
+    for number, group in enumerate(group_by_keys(iter(members), keys=lambda name: (name[0], name[1]))):
+        if group["__key__"] == members.cut_key:
+            break
+        yield number, _sample(group) if wanted(number) else None
+    if members.damage:
+        yield -1, BadSample("truncated shard", url, None, members.damage)
+    elif number < 0:
+        yield -1, BadSample("empty shard", url, None, "no .jpg, .png, .webp, .txt, .json or .cls member"
+                            + (f", but {members.passed_over!r}" if members.passed_over else ""))
 
 
 class _Header(tarfile.TarInfo):
@@ -206,7 +182,8 @@ class _Archive(tarfile.TarFile):
     tarinfo = _Header
 
 
-def _open_archive(file: IO[bytes], *, seekable: bool) -> _Archive:
+def _open_archive(file: IO[bytes]) -> _Archive:
+    seekable = file.seekable()
     if seekable:
         start = file.read(6)
         file.seek(0)

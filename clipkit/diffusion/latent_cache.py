@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clipkit.data.emoji.shards import default_cache_dir
+from clipkit.data.remote import remote_shards
 from clipkit.data.samples import Example, PictureExamples, SampleError, choose_caption, parse_json
 from clipkit.data.tars import BadSample, DataError, RawSample, read_shard
 from clipkit.diffusion.autoencoder import CONFIG_NAME, WEIGHTS_NAME, autoencoder_folder, to_pixel_values
@@ -172,7 +173,7 @@ def _batches(shard: str, data: "DataConfig", image_size: int, bad: Counter[str])
     still = replace(data, augment=replace(data.augment, flip=0.0))
     pictures = PictureExamples(data=still, image_size=image_size, group_by="none")
     batch: list[tuple[RawSample, Tensor]] = []
-    for raw in read_shard(shard, allow_pipe=data.allow_pipe):
+    for raw in read_shard(shard, allow_pipe=data.allow_pipe, remote=remote_shards(data)):
         example = pictures(raw, random.Random(0)) if isinstance(raw, RawSample) else raw
         if isinstance(example, Example):
             assert isinstance(raw, RawSample)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipkit.data.remote import remote_shards
 from clipkit.data.samples import Example, PictureExamples
 from clipkit.data.tars import RawSample, read_shard
 from clipkit.diffusion.autoencoder import to_pixel_values
@@ -61,7 +62,8 @@ def still_examples(shards: Sequence[str], *, data: "DataConfig", image_size: int
     """The good samples of shards in their order, pictures not flipped."""
     still = replace(data, augment=replace(data.augment, flip=0.0))
     make = PictureExamples(data=still, image_size=image_size, group_by="none")
-    for raw in chain.from_iterable(read_shard(shard, allow_pipe=data.allow_pipe) for shard in shards):
+    remote = remote_shards(data)
+    for raw in chain.from_iterable(read_shard(shard, allow_pipe=data.allow_pipe, remote=remote) for shard in shards):
         example = make(raw, random.Random(0)) if isinstance(raw, RawSample) else raw
         if isinstance(example, Example):
             yield example

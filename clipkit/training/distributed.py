@@ -27,7 +27,7 @@ class Process(NamedTuple):
 
 
 def ranks_from_environment() -> tuple[int, int, int, int]:
-    """Return (rank, world size, local rank, local world size): torchrun's, else Slurm's, else a single process's."""
+    """Return (rank, world size, local rank, local world size): of torchrun, Slurm, submitit's local tasks, or a single process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
@@ -35,6 +35,9 @@ def ranks_from_environment() -> tuple[int, int, int, int]:
         per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE", "1")  # "8", or "8(x2)"
         local_world_size = int(per_node.split("(")[0].split(",")[0])
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), local_world_size
+    if int(env.get("SUBMITIT_LOCAL_NTASKS", 1)) > 1:
+        local_rank, tasks = int(env["SUBMITIT_LOCAL_LOCALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
+        return int(env["SUBMITIT_LOCAL_GLOBALID"]), tasks, local_rank, tasks
     return 0, 1, 0, 1
 
 

@@ -58,7 +58,7 @@ def run_steps(config: Any, plan: Plan, start: int, *, process: Process, optimize
             done = step + 1
             due = timetable.after(done, stop=stop.wanted)
             if due.log:
-                log.step(done, watch.look(done, meter.take(done, lr=lr, bad=loader.bad)))
+                log.step(done, watch.look(done, meter.take(done, lr=lr, bad=loader.bad, by_source=loader.by_source)))
             with timer.paused():
                 if due.evaluation:
                     evaluate(done)

@@ -45,13 +45,15 @@ class Meter:
         self.in_a_row = (self.in_a_row + 1) * skipped
         self.longest = torch.maximum(self.longest, self.in_a_row)
 
-    def take(self, done: int, *, lr: float, bad: dict[str, int], features: Features | None = None) -> dict[str, Any]:
+    def take(self, done: int, *, lr: float, bad: dict[str, int], by_source: Mapping[str, dict[str, int]] | None = None,
+             features: Features | None = None) -> dict[str, Any]:
         """Return the metrics since the last call, means over steps and processes, and begin anew.
 
         Args:
           done: Steps done.
           lr: Learning rate of the last step.
           bad: This process's bad samples by cause, since the run began.
+          by_source: Further counts like `bad`, each under its own name: of samples by source.
           features: Of the last step, where the model is a CLIP.
 
         Raises:
@@ -79,7 +81,8 @@ class Meter:
             "logit_scale": features.logit_scale.item() if features else None, "grad_norm": grad_norm,
             "skipped_steps": self.skipped,
             "peak_memory_gb": peak_memory_gb(self.device),
-            "bad": dict(sum(map(Counter, gather_objects(bad)), Counter())) if world_size() > 1 else bad,
+            **{name: dict(sum(map(Counter, gather_objects(counts)), Counter())) if world_size() > 1 else counts
+               for name, counts in {"bad": bad, **(by_source or {})}.items()},
         }
         return {name: value for name, value in metrics.items() if value is not None}
 

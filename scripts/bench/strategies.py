@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,16 +48,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, extra in (("plain", ()), ("levers", LEVERS)):
             for row in compare(Path(folder) / name, name, extra, steps=options.steps, only=options.only):
-                print(f"{row.settings:7} {row.strategy:5} x {row.processes}  {row.resumed_from and 'from ' + row.resumed_from:14} "
-                      f"loss {row.largest_loss_difference:.1e}  weights {row.largest_weight_difference:.1e}  "
-                      f"{'equal' if row.equal else 'DIFFERENT'}", flush=True)
+                before = f"from {row.resumed_from}" if row.resumed_from else ""
+                print(f"{row.settings:7} {row.strategy:5} x {row.processes}  {before:14} loss {row.largest_loss_difference:.1e}  "
+                      f"weights {row.largest_weight_difference:.1e}  {'equal' if row.equal else 'DIFFERENT'}", flush=True)
                 rows.append(row)
     if options.out:
         options.out.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     sys.exit(not all(row.equal for row in rows))
 
 
-def compare(folder: Path, name: str, extra: Sequence[str], *, steps: int, only: str | None = None):
+def compare(folder: Path, name: str, extra: Sequence[str], *, steps: int, only: str | None = None) -> Iterator[Row]:
     """Run every strategy under some settings; yield a Row each as it ends."""
     one = train(folder / "ddp1", "ddp", 1, extra, steps)
     runs = {("ddp", 1): one}
@@ -69,7 +69,8 @@ def compare(folder: Path, name: str, extra: Sequence[str], *, steps: int, only: 
         if (before, half) in runs and only in (None, strategy):
             target = folder / f"{before}{half}-{strategy}{processes}"
             forget_after(runs[before, half], target, steps // 2)
-            yield make_row(name, strategy, processes, f"{before} x {half}", train(target, strategy, processes, extra, steps), one)
+            resumed = train(target, strategy, processes, extra, steps)
+            yield make_row(name, strategy, processes, f"{before} x {half}", resumed, one)
 
 
 def train(folder: Path, strategy: str, processes: int, extra: Sequence[str], steps: int, batch: int = 24) -> Path:
