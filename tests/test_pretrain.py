@@ -86,19 +86,21 @@ def test_a_run_leaves_everything_and_ends_well_again(shards, tmp_path, capsys):
     assert (run_dir / "model" / "open_clip_model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("extra", [(), ("train.ema_decay=0.9", "optim.name=lion", "model.patch_dropout=0.5", "loss=siglip")],
-                         ids=["plain", "average-lion-dropout-siglip"])
-def test_a_run_stopped_by_sigterm_resumes_to_the_same_bits(shards, tmp_path, extra):
+@pytest.mark.parametrize(("number", "extra"), [
+    (signal.SIGTERM, ("checkpoint.asynchronous=false",)),
+    (signal.SIGUSR1, ("train.ema_decay=0.9", "optim.name=lion", "model.patch_dropout=0.5", "loss=siglip")),
+], ids=["plain", "average-lion-dropout-siglip"])
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_bits(shards, tmp_path, number, extra):
     assert run(shards, "name=whole", *extra) is None
 
-    class TermAtStep(threading.Thread):
+    class SignalAtStep(threading.Thread):
         def run(self):
             file = tmp_path / "runs" / "parts" / "metrics.jsonl"
             while not file.exists() or len(file.read_text().splitlines()) < 3:
                 time.sleep(0.002)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    thread = TermAtStep()
+    thread = SignalAtStep()
     thread.start()
     assert run(shards, "name=parts", *extra) == EXIT_STOPPED
     thread.join()

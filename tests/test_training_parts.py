@@ -62,11 +62,12 @@ def test_several_processes_agree_only_at_log_lines():
     ({}, (0, 1, 0, 1)),
     ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
     ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, (9, 16, 1, 8)),
+    ({"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_LOCALID": "1"}, (1, 2, 1, 2)),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),  # one task of Slurm is a single process
 ])
 def test_a_process_reads_who_it_is_from_torchrun_or_slurm(variables, expected, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID",
-                 "SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE"):
+                 "SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE", "SUBMITIT_LOCAL_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -90,7 +90,6 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.background import BackgroundWriter
     from clipkit.training.estimate import estimate_step
     from clipkit.training.finetune import keep_start, learned_parameters, make_tower_optimizer
-    from clipkit.training.trained_model import make_model
     from clipkit.training.parallel import make_parallel, spread_weights
     from clipkit.training.plan import plan_run, summary
     from clipkit.training.random_state import seed_all
@@ -99,6 +98,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.run_log import RunLog
     from clipkit.training.step_timer import StepTimer
     from clipkit.training.threads import settle_threads
+    from clipkit.training.trained_model import make_model
 
     data, size = config.data, config.train.global_batch_size
     shards, all_shards, plan = plan_run(data, config.train, config.schedule, world_size=process.world_size)
@@ -168,7 +168,8 @@ def train(t: Training, start: int) -> int | None:
                   max_skipped_steps=config.train.max_skipped_steps, device=t.process.device)
     timetable = Timetable(total_steps=plan.total_steps, log_every=config.log.every, evaluate_every=config.evaluation.every,
                           checkpoint_steps=config.checkpoint.every_steps,
-                          checkpoint_minutes=config.checkpoint.every_minutes, world_size=t.process.world_size)
+                          checkpoint_minutes=config.checkpoint.every_minutes, world_size=t.process.world_size,
+                          watchdog=t.process.watchdog)
     watch = Watch(log=log, timer=t.timer, plan=plan, start=start, lr=config.optim.lr, masked=masked,
                   workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode,
                   chance_loss=math.log(plan.global_batch_size) if config.loss.name == "clip" else None)

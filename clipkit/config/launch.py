@@ -60,7 +60,7 @@ def launch(command: str, schema: type[Schema], function: Callable[[Schema], int 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what the user has to change (ValueError, OSError) into one line and exit code 2.
+    """Turn what the user has to change (ValueError, OSError) into one line and exit code 2, or the error's own `exit_code`.
 
     The environment variable CLIPKIT_TRACEBACK=1 shows where it came from.
     """
@@ -70,7 +70,7 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("CLIPKIT_TRACEBACK"):
             raise
         print(f"clipkit: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
 
 
 def usage(command: str, schema: type, groups: Mapping[str, Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 The order of samples is lanes.py's; what is done to one is samples.py's.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ MAX_DEFAULT_WORKERS = 8
 MIN_SEEN = 100  # samples before a share of bad ones is judged
 MIN_SHARDS_MET = 20  # shards before a share of unreadable ones is judged
 SIGTERM_GRACE_SECONDS = 30  # what Slurm and torchrun leave between SIGTERM and SIGKILL
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 PARTS_AHEAD = 2  # parts of batches that each worker prepares ahead
 
 
@@ -232,6 +234,10 @@ def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":  # end with the main process, and at once: a worker holds its connections open
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_later(_signal: int, _frame: FrameType | None) -> None:

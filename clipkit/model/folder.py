@@ -18,6 +18,7 @@ from clipkit.interop.from_transformers import OWN_TOKENIZER, model_cfg_from_tran
 from clipkit.interop.transformers_weights import open_clip_weights
 from clipkit.model.build import CONFIG_NAME, build_model, complete_preprocess_cfg, file_sha256, make_towers, read_weights
 from clipkit.model.image_text import ImageTextModel
+from clipkit.training.atomic_files import fsync_file, one_line_os_error, remove_quietly
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 OPEN_CLIP_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")  # what is read; open_clip wrote the second before
@@ -200,9 +201,18 @@ def _read_safely(path: Path) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then move into its place: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """Write beside `path`, then move into its place: a reader sees the old file or the new one.
+
+    Raises:
+      OSError: it cannot be written (the old one stays); one line.
+    """
+    beside = path.with_name(f".tmp-{path.name}")  # always one name: what a killed process left is written over
+    try:
+        write(beside)
+        fsync_file(beside)
+        beside.replace(path)
+    except Exception as error:
+        remove_quietly(beside)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise one_line_os_error(error, path) from error
+        raise

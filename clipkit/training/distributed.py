@@ -27,7 +27,7 @@ class Process(NamedTuple):
 
 
 def ranks_from_environment() -> tuple[int, int, int, int]:
-    """Return (rank, world size, local rank, local world size): of torchrun, Slurm, submitit's local tasks, or a single process."""
+    """Return (rank, world size, local rank, local world size) as torchrun, Slurm or submitit's local launcher set them."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clipkit.training.distributed import any_process
 
@@ -22,12 +22,12 @@ class Timetable:
     """
 
     def __init__(self, *, total_steps: int, log_every: int, evaluate_every: int | None, checkpoint_steps: int | None,
-                 checkpoint_minutes: float | None, world_size: int = 1,
+                 checkpoint_minutes: float | None, world_size: int = 1, watchdog: Any = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.total_steps, self.log_every = total_steps, log_every
         self.evaluate_every = evaluate_every or max(1, total_steps // 8)
         self.checkpoint_steps, self.checkpoint_minutes = checkpoint_steps, checkpoint_minutes
-        self.world_size, self.clock, self.saved_at = world_size, clock, clock()
+        self.world_size, self.watchdog, self.clock, self.saved_at = world_size, watchdog, clock, clock()
 
     def after(self, done: int, *, stop: bool) -> Due:
         """Tell what is due when `done` steps are done and this process was asked to stop, or not."""
@@ -41,4 +41,6 @@ class Timetable:
         if checkpoint:
             self.saved_at = self.clock()
         evaluation = done % self.evaluate_every == 0 and not last  # the last weights have the final evaluation
+        if self.watchdog:
+            self.watchdog.step_done(done, pause=evaluation or checkpoint or last)
         return Due(log, evaluation, checkpoint, stop and not last)

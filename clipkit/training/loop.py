@@ -43,7 +43,8 @@ def run_steps(config: Any, plan: Plan, start: int, *, process: Process, optimize
                   max_skipped_steps=config.train.max_skipped_steps, device=process.device)
     timetable = Timetable(total_steps=plan.total_steps, log_every=config.log.every, evaluate_every=evaluate_every,
                           checkpoint_steps=config.checkpoint.every_steps,
-                          checkpoint_minutes=config.checkpoint.every_minutes, world_size=process.world_size)
+                          checkpoint_minutes=config.checkpoint.every_minutes, world_size=process.world_size,
+                          watchdog=process.watchdog)
     watch = Watch(log=log, timer=timer, plan=plan, start=start, lr=config.optim.lr, masked=False, workers=loader.workers,
                   local_world_size=process.local_world_size, decode=config.data.decode, chance_loss=None)
     if start == 0:

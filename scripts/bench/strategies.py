@@ -48,13 +48,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, extra in (("plain", ()), ("levers", LEVERS)):
             for row in compare(Path(folder) / name, name, extra, steps=options.steps, only=options.only):
-                before = f"from {row.resumed_from}" if row.resumed_from else ""
-                print(f"{row.settings:7} {row.strategy:5} x {row.processes}  {before:14} loss {row.largest_loss_difference:.1e}  "
-                      f"weights {row.largest_weight_difference:.1e}  {'equal' if row.equal else 'DIFFERENT'}", flush=True)
+                print(describe(row), flush=True)
                 rows.append(row)
     if options.out:
         options.out.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     sys.exit(not all(row.equal for row in rows))
+
+
+def describe(row: Row) -> str:
+    before = f"from {row.resumed_from}" if row.resumed_from else ""
+    return (f"{row.settings:7} {row.strategy:5} x {row.processes}  {before:14} loss {row.largest_loss_difference:.1e}  "
+            f"weights {row.largest_weight_difference:.1e}  {'equal' if row.equal else 'DIFFERENT'}")
 
 
 def compare(folder: Path, name: str, extra: Sequence[str], *, steps: int, only: str | None = None) -> Iterator[Row]:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipkit.commands.pretrain import make_model
 from clipkit.config import PretrainConfig, identity, parse
 from clipkit.data.emoji.pack import read_emoji_rows
 from clipkit.data.lanes import default_lanes
@@ -34,6 +33,7 @@ from clipkit.training.plan import Plan, make_plan
 from clipkit.training.precision import autocast
 from clipkit.training.random_state import seed_all
 from clipkit.training.schedule import learning_rate
+from clipkit.training.trained_model import make_model
 
 SHOWN_EVERY = 10  # steps
 SHARED_SETTINGS = ("seed", "model", "data", "optim", "schedule", "train")  # those of a run that the classifier has too
