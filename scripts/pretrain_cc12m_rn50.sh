@@ -12,6 +12,7 @@
 #   img2dataset --url_list cc12m.tsv --input_format tsv --url_col url --caption_col caption --output_format webdataset \
 #     --output_folder cc12m --resize_mode keep_ratio --image_size 256 --resize_only_if_bigger true --processes_count 16
 set -e
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted ranks cannot meet (torch 2.15)
 case " $* " in *" plan="*) RUN=clipkit ;; *) RUN="torchrun --nproc-per-node=${GPUS:-8} --max-restarts=3 -m clipkit" ;; esac
 exec $RUN pretrain experiment=cc12m_rn50 \
   data.train="${DATA:-hf://datasets/pixparse/cc12m-wds@${REVISION:-main}/cc12m-train-{0000..2175\}.tar}" \

@@ -8,6 +8,7 @@
 #
 # Processes: 88, 176, 352 or 704, for lanes and batch are multiples of these. Fewer are slower, and train the same model.
 set -e
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted ranks cannot meet (torch 2.15)
 case " $* " in *" plan="*) RUN=clipkit ;; *)
   RUN="torchrun --nnodes=${NODES:?number of machines} --nproc-per-node=${GPUS:-8} --max-restarts=10 --rdzv-backend=c10d
        --rdzv-endpoint=${HEAD:?host name of the first machine} --rdzv-id=${ID:-datacomp} -m clipkit" ;; esac

@@ -9,5 +9,6 @@
 # The pool comes as links: DataComp's own scripts fetch it with img2dataset (download_upstream.py --scale medium) and write the shards
 # of a filter's choice (resharder.py).
 set -e
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted ranks cannot meet (torch 2.15)
 case " $* " in *" plan="*) RUN=clipkit ;; *) RUN="torchrun --nproc-per-node=${GPUS:-8} --max-restarts=3 -m clipkit" ;; esac
 exec $RUN pretrain experiment=datacomp_medium_b32 data.train="${DATA:-not-here.tar}" "$@"

@@ -189,8 +189,8 @@ class LaneSource:
         for number, item in self.read(self.shards[shard], keep=keep):
             if isinstance(item, BadSample) and number < 0:
                 self.last_trouble = item
-                if first:
-                    return  # one of the lanes that share the shard counts it
+                if first and item.cause != "truncated shard":
+                    return  # one of the lanes that share the shard counts it; of a cut one each misses samples of its own
             if item is not None:
                 yield item
 
