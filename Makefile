@@ -18,7 +18,7 @@ WORKERS := -n logical --maxprocesses 4 --dist loadfile
 DOWNLOAD = $(if $(TORCH)$(TORCH_INDEX)$(UV_TORCH_BACKEND),torch as chosen and what it needs,$(DEFAULT_DOWNLOAD))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint bench bench-gpu wheel clean
+.PHONY: help install pretrain zero-shot export supervised diffusion test test-all lint bench strategies faults bench-gpu wheel clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,12 @@ lint: $(INSTALLED) ## check style and types
 
 bench: $(INSTALLED) $(PEERS_INSTALLED) ## measure clipkit beside open_clip_train on this CPU (docs/benchmarks.md)
 	$(BIN)/python -m scripts.bench --peer-python $(PEERS)/bin/python $(ARGS)
+
+strategies: $(INSTALLED) ## train 50 steps under ddp, fsdp and hsdp on 1, 2 and 4 processes, and compare (docs/scaling.md)
+	$(BIN)/python -m scripts.bench.strategies $(ARGS)
+
+faults: $(INSTALLED) ## inject 218 faults into real runs, and see how each ends (docs/reliability.md); as root
+	$(BIN)/python -m scripts.faults $(ARGS)
 
 bench-gpu: $(INSTALLED) $(PEERS_INSTALLED) ## the same on a GPU: steps of ViT-B/32, B/16 and L/14, MFU, kernels
 	$(BIN)/python -m scripts.bench.gpu --peer-python $(PEERS)/bin/python $(ARGS)

@@ -103,7 +103,8 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     data, size = config.data, config.train.global_batch_size
     shards, all_shards, plan = plan_run(data, config.train, config.schedule, world_size=process.world_size)
     name = check_run_name(config.name or "emoji")
-    run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process)
+    run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process,
+                          mirror=config.checkpoint.mirror)
     if run:
         cleanup.callback(run.close)  # its lock
 
@@ -261,7 +262,7 @@ def save(t: Training, step: int) -> None:
 
     save_run(t.run_dir, step, model=t.model, optimizer=t.optimizer, average=t.average, loader=t.loader, shards=t.shards,
              process=t.process, keep=t.config.checkpoint.keep, keep_every_steps=t.config.checkpoint.keep_every_steps,
-             writer=t.writer)
+             writer=t.writer, mirror=t.config.checkpoint.mirror)
 
 
 def finish(t: Training) -> None:

@@ -15,5 +15,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsynchronousCheckpointConfig(CheckpointConfig):
+class PretrainCheckpointConfig(CheckpointConfig):
+    mirror: str | None = setting("folder or object store (an fsspec URL) that checkpoints are copied to, and that a run goes "
+                                 "on from where its disk lacks them; null = none", runtime=True)
     asynchronous: bool = setting("write copies beside the training that goes on; takes their size in main memory", runtime=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from clipkit.config.checkpoint import AsynchronousCheckpointConfig
+from clipkit.config.checkpoint import PretrainCheckpointConfig
 from clipkit.config.data import DataConfig
 from clipkit.config.evaluation import EvaluationConfig
 from clipkit.config.log import LogConfig
@@ -31,7 +31,7 @@ class PretrainConfig:
     train: ContrastiveTrainConfig
     parallel: ShardedParallelConfig
     evaluation: EvaluationConfig
-    checkpoint: AsynchronousCheckpointConfig
+    checkpoint: PretrainCheckpointConfig
     log: LogConfig
 
     def __post_init__(self) -> None:

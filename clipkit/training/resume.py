@@ -26,6 +26,7 @@ from clipkit.training.checkpoint import (
 )
 from clipkit.training.checkpoint_folders import prune_checkpoints, unfinished_checkpoint
 from clipkit.training.distributed import Process, from_main, gather_objects, on_main
+from clipkit.training.mirror import copy_in, copy_out
 from clipkit.training.optimizer_state import (
     OptimizerState,
     check_same_tensors,
@@ -40,8 +41,8 @@ from clipkit.training.sharding import copy_whole, is_sharded, whole_tensors
 
 
 def open_run(runs_dir: str, name: str, *, config: Mapping[str, Any], identity: Mapping[str, Any],
-             process: Process) -> tuple[Run | None, Checkpoint | None]:
-    """Open a run's folder and read its newest whole checkpoint. Rank 0 looks, all ranks read.
+             process: Process, mirror: str | None = None) -> tuple[Run | None, Checkpoint | None]:
+    """Open a run's folder and read its newest whole checkpoint, that of `mirror` if it is newer. Rank 0 looks, all ranks read.
 
     Returns:
       The run with its lock (on rank 0, else None), and the checkpoint, or None if there is none yet.
@@ -53,6 +54,8 @@ def open_run(runs_dir: str, name: str, *, config: Mapping[str, Any], identity: M
     run, found, error = None, None, None
     if process.is_main:
         try:
+            if mirror:
+                copy_in(Path(runs_dir) / name, mirror, lambda text: print(f"warning: {text}", flush=True))
             run = open_run_folder(runs_dir, name, config=config, identity=identity)
             found = latest_good_checkpoint(run.path, lambda text: print(f"warning: {text}", flush=True))
         except (ValueError, OSError) as caught:
@@ -72,7 +75,7 @@ def check_shards(saved: Checkpoint, shards: Sequence[str]) -> None:
 
 def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer,
              average: WeightAverage | None, loader: TrainLoader, shards: Sequence[str], process: Process, keep: int,
-             keep_every_steps: int | None, writer: BackgroundWriter | None = None) -> None:
+             keep_every_steps: int | None, writer: BackgroundWriter | None = None, mirror: str | None = None) -> None:
     """Write a checkpoint, renew a CLIP's model folder, drop old checkpoints. All ranks call it.
 
     Rank 0 writes; of weights that are shared out, every rank its own parts. Arguments as in `take_up`. With a `writer`,
@@ -107,6 +110,8 @@ def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.opt
             if isinstance(model, ImageTextModel):
                 save_model_folder(model, run_dir / "model", whole)
             prune_checkpoints(run_dir, keep, keep_every_steps)
+            if mirror:
+                mirror_quietly(run_dir, mirror)
 
         on_main(tidy_up, group)
 
@@ -114,6 +119,15 @@ def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.opt
         writer.start(write)
     else:
         write()
+
+
+def mirror_quietly(run_dir: Path, mirror: str) -> None:
+    """Copy the newest checkpoint to the mirror; a store that fails is told, and training goes on: the disk has it."""
+    try:
+        copy_out(run_dir, mirror)
+    except Exception as error:  # fsspec's backends raise classes of their own
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"warning: the newest checkpoint is not copied to {mirror} ({cause}); the next one is tried again", flush=True)
 
 
 def save_in_parts(run_dir: Path, *, step: int, model_state: Mapping[str, Tensor], optimizer: OptimizerState,
