@@ -47,14 +47,14 @@ export: $(INSTALLED) ## hand the text encoder of runs/emoji to transformers and 
 supervised: $(INSTALLED) ## the same image tower trained by softmax over fixed classes, beside runs/emoji (docs/clip.md)
 	$(BIN)/python -m scripts.supervised $(ARGS)
 
-diffusion: $(INSTALLED) ## latent diffusion after make pretrain: autoencoder, U-Net, a judge, pictures (about 3,700 CPU seconds)
+diffusion: $(INSTALLED) ## latent diffusion after make pretrain: autoencoder, U-Net, a judge, pictures (about 3,500 CPU seconds)
 	@test -f runs/emoji/model/open_clip_config.json || { echo 'runs/emoji is not there yet: make pretrain' >&2; exit 1; }
 	$(BIN)/clipkit export overwrite=true
 	$(BIN)/clipkit diffusion autoencoder
 	$(BIN)/clipkit diffusion train
 	$(BIN)/clipkit pretrain experiment=emoji_judge
 	$(BIN)/clipkit diffusion evaluate scored_by=runs/emoji_judge
-	$(BIN)/clipkit diffusion evaluate scored_by=runs/emoji_judge prompts=emoji_val
+	$(BIN)/clipkit diffusion evaluate scored_by=runs/emoji_judge prompts=emoji_val steps=25
 
 test: $(INSTALLED) ## run the quick tests (CPU, offline)
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not multiprocess" $(ARGS)

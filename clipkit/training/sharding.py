@@ -119,10 +119,10 @@ def clip_sharded_gradient(parameters: Sequence[nn.Parameter], max_norm: float | 
     """
     import torch.distributed as dist
 
+    shared_out: Any = next(parameter for parameter in parameters if is_sharded(parameter))
     grads: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    shared = [grad for grad in grads if is_sharded(grad)]
-    square = nn.utils.get_total_norm(own_parts(shared)).square()  # scalar, of this process's parts
-    dist.all_reduce(square, group=shared[0].device_mesh.get_group(SHARDS))
+    square = nn.utils.get_total_norm(own_parts(filter(is_sharded, grads))).square()  # scalar, of this process's parts
+    dist.all_reduce(square, group=shared_out.device_mesh.get_group(SHARDS))
     norm = (square + nn.utils.get_total_norm([grad for grad in grads if not is_sharded(grad)]).square()).sqrt()
     if max_norm is not None:
         factor = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
