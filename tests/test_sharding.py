@@ -152,8 +152,21 @@ def test_a_blueprint_has_no_weights_and_becomes_the_model_again(tiny_model):
     assert all(parameter.is_meta for parameter in plain.parameters())
 
 
-def test_processes_that_do_not_divide_are_refused():
+def test_what_cannot_be_shared_out_is_refused():
     from clipkit.training.distributed import Process
 
     with pytest.raises(ValueError, match=r"processes_per_copy is 3, and there are 4 processes; give a number that divides"):
         shard_model(small_model(), Process(0, 4, 0, 4, torch.device("cpu")), strategy="hsdp", processes_per_copy=3)
+
+
+def test_bfloat16_weights_on_a_cpu_are_refused(free_port, monkeypatch):
+    from clipkit.training.distributed import Process
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"parallel.gather_bf16 is true, and the device is the CPU, .* set it to false"):
+            shard_model(small_model(), Process(0, 1, 0, 1, torch.device("cpu")), strategy="fsdp", gather_bf16=True)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -119,7 +119,7 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
                        local_world_size=process.local_world_size, precision=config.train.precision)
     cost = estimate_step(model, batch_size=size // process.world_size, micro_batch_size=config.train.micro_batch_size,
                          precision=config.train.precision)
-    plain = spread_weights(model, process, config.parallel, compile=config.train.compile, precision=config.train.precision)
+    plain = spread_weights(model, process, config.parallel, compile=config.train.compile)
     optimizer = make_tower_optimizer(model.towers, config.optim)
     start_weights = [w.detach().clone() for w in learned_parameters(optimizer)] if config.optim.towards_start else []
     seed_all(config.seed + 1 + process.rank)  # dropout differs between processes

@@ -21,3 +21,4 @@ class ShardedParallelConfig(ParallelConfig):
                                              at_least(1), runtime=True)
     reshard_after_forward: bool = setting("of fsdp and hsdp: gather a block's weights again in the backward pass; false = "
                                           "keep them, for more memory and less traffic", runtime=True)
+    gather_bf16: bool = setting("of fsdp and hsdp: weights travel as bfloat16, norms and embeddings too; inexact", runtime=True)

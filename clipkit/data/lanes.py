@@ -142,7 +142,9 @@ class LaneSource:
         self.barren = 0
         if place + 1 < len(self.order):
             self.fetch_ahead(self.shards[self.order[place + 1]])
+        trouble = [items.pop()] if isinstance(items[-1], BadSample) and items[-1].key is None else []
         _rng(self.seed, self.source, "block", self.lane, epoch, self.order[place], block).shuffle(items)
+        items = [*trouble, *items]  # told before the samples, whose order it has changed
         items[:offset] = [None] * min(offset, len(items))
         self.block = items
 

@@ -179,7 +179,8 @@ class TrainLoader:
         seen = sum(position["position"] for position in self._positions.values())
         allowed = self._streams.data.max_bad_fraction
         trouble = self._unreadable_shards(bad[UNREADABLE])
-        if not failure and not trouble and (seen < MIN_SEEN or bad.total() <= allowed * seen):
+        few = seen < MIN_SEEN and allowed > 0  # where none is allowed, the first stops the run
+        if not failure and not trouble and (few or bad.total() <= allowed * seen):
             return
         self.close()
         causes = ", ".join(f"{count} {cause}" for cause, count in bad.most_common())

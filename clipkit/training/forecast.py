@@ -149,7 +149,9 @@ def memory_lines(model: ImageTextModel, cost: ModelCost, booking: Booking, *, ba
     """Say what one process holds, in GB, and what to do where that is too much."""
     learning, total = parameter_counts(model)["learning"], sum(one.numel() for one in model.parameters())
     shares = _shares(booking.processes, parallel)
-    gathered = _gathered_bytes(cost, train) if shares > 1 else 0
+    width = BF16 if parallel.gather_bf16 else FP32
+    # Whole at once: all outside of the blocks, a block that computes, and the one that is fetched ahead.
+    gathered = width * (cost.outside_blocks + 2 * cost.largest_block) if shares > 1 else 0
     casts = BF16 * total if train.precision == "amp_bf16" and shares == 1 else 0  # autocast's own copies
     rows = min(train.micro_batch_size or batch_size, batch_size)
     features = 4 * FP32 * embed_dim * (train.global_batch_size + batch_size)
@@ -182,7 +184,7 @@ def network_line(model: ImageTextModel, cost: ModelCost, booking: Booking, *, ba
     features = (processes - 1) * 2 * 2 * batch_size * embed_dim * FP32  # both kinds there, their gradients back
     parts: dict[str, float] = {"features": features}
     if shares > 1:
-        width = BF16 if train.precision == "amp_bf16" else FP32
+        width = BF16 if parallel.gather_bf16 else FP32
         gathers = passes + (1 if parallel.reshard_after_forward else 0)
         parts["weights"] = (shares - 1) / shares * total * width * gathers
         parts["gradients"] = (shares - 1) / shares * learning * FP32 * max(1, passes // 2)
@@ -254,10 +256,3 @@ def _shares(processes: int, parallel: ShardedParallelConfig) -> int:
         return 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", min(8, processes)))
     return processes if parallel.strategy == "fsdp" else min(processes, parallel.processes_per_copy or local)
-
-
-def _gathered_bytes(cost: ModelCost, train: ContrastiveTrainConfig) -> int:
-    """Of what is whole at once: all outside of the blocks, a block that computes and the one that is fetched ahead."""
-    width = BF16 if train.precision == "amp_bf16" else FP32
-    return width * (cost.outside_blocks + 2 * cost.largest_block)
-

@@ -14,8 +14,8 @@ from clipkit.training.distributed import Process
 from clipkit.training.sharding import blocks, blueprint, shard_model, whole_tensors
 
 
-def spread_weights(model: ImageTextModel, process: Process, settings: ShardedParallelConfig, *, compile: bool,
-                   precision: str) -> ImageTextModel | None:
+def spread_weights(model: ImageTextModel, process: Process, settings: ShardedParallelConfig, *,
+                   compile: bool) -> ImageTextModel | None:
     """Compile a model and share its weights out, as asked, in place, before its optimizer is made.
 
     Returns:
@@ -35,7 +35,7 @@ def spread_weights(model: ImageTextModel, process: Process, settings: ShardedPar
         compile_towers(model)
     if shared_out:
         shard_model(model, process, strategy=settings.strategy, processes_per_copy=settings.processes_per_copy,
-                    reshard_after_forward=settings.reshard_after_forward, precision=precision)
+                    reshard_after_forward=settings.reshard_after_forward, gather_bf16=settings.gather_bf16)
     return plain
 
 

@@ -19,7 +19,7 @@ CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 def shard_model(model: nn.Module, process: Process, *, strategy: str, processes_per_copy: int | None = None,
-                reshard_after_forward: bool = True, precision: str = "fp32") -> None:
+                reshard_after_forward: bool = True, gather_bf16: bool = False) -> None:
     """Share a model's weights out, in place: its blocks one by one, all else together.
 
     A block's weights are whole only while it computes. Gradients and the optimizer's state are shared out as the weights are.
@@ -32,10 +32,11 @@ def shard_model(model: nn.Module, process: Process, *, strategy: str, processes_
       processes_per_copy: Of "hsdp"; None = the processes of a machine.
       reshard_after_forward: Give a block's weights back between its forward and its backward pass; False trades memory for a
         third less traffic.
-      precision: "amp_bf16" gathers weights as bfloat16, and sums gradients in fp32.
+      gather_bf16: Gather weights as bfloat16, and sum gradients in fp32. Autocast rounds matrices so anyhow; this rounds norms
+        and embeddings too.
 
     Raises:
-      ValueError: processes_per_copy does not divide the processes.
+      ValueError: processes_per_copy does not divide the processes, or gather_bf16 is asked for on a CPU.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -49,7 +50,9 @@ def shard_model(model: nn.Module, process: Process, *, strategy: str, processes_
         shape, names = (process.world_size // size, size), (COPIES, SHARDS)
     mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy()
-    if precision == "amp_bf16":
+    if gather_bf16 and process.device.type == "cpu":
+        raise ValueError("parallel.gather_bf16 is true, and the device is the CPU, whose norms take one dtype; set it to false")
+    if gather_bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other, such as channels_last kernels
