@@ -9,6 +9,7 @@ from clipkit.config.schema import SettingsError, allows_none, leaves, unknown_se
 
 FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg",
                     "-c", "--info", "-i", "--experimental-rerun"}
+HYDRAS_OPEN = ("hydra/launcher", "hydra/sweeper", "hydra.launcher.", "hydra.sweeper.", "hydra.sweep.", "hydra.verbose")
 SWEEP = re.compile(r"(choice|range|interval|glob)\(.*\)$")  # Hydra's words for several values under -m
 
 
@@ -54,7 +55,10 @@ def hydra_arguments(arguments: Iterable[str], schema: type, groups: Mapping[str,
             value = _quoted(known[name][0], values, name, sweep)
             # Hydra would merge a mapping into the one that is there; null first makes it take its place.
             overrides += [f"{name}=null", f"++{name}={value}"] if value.startswith("{") else [f"{name}={value}"]
-        elif name.startswith(("hydra.", "hydra/")) or _inside_mapping(name, known):
+        elif name.startswith(("hydra.", "hydra/")) and (not name.startswith(HYDRAS_OPEN) or "_target_" in f"{name}{values}"):
+            raise SettingsError(f"{name}={values[-1]}: this part of Hydra makes folders or runs code by itself; a run's folder "
+                                f"is set by name=...; of Hydra's own settings these are open: {', '.join(HYDRAS_OPEN)}")
+        elif name.startswith(HYDRAS_OPEN) or _inside_mapping(name, known):
             overrides.append(f"{'++' if _inside_mapping(name, known) else ''}{name}={values[-1]}")
         elif any(other.startswith(f"{name}.") for other in known):
             raise SettingsError(f"{name}={values[-1]}: {name} is a group of settings; give {name}.<setting>=..., one of "

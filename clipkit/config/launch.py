@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from clipkit.config.command_line import conf_dir, groups_of, hydra_arguments
 from clipkit.config.schema import SettingsError, leaves, parse
+from clipkit.config.settings_files import check_settings_files
+from clipkit.config.visible import visible
 
 Schema = TypeVar("Schema")
 EXIT_BAD_INPUT = 2
@@ -34,6 +36,7 @@ def launch(command: str, schema: type[Schema], function: Callable[[Schema], int 
         print(usage(command, schema, groups))
         return
     with one_line_errors():
+        check_settings_files(_config_dirs(arguments))
         overrides = hydra_arguments(arguments, schema, groups, implied)
     import hydra
     from hydra.errors import HydraException
@@ -69,7 +72,7 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("CLIPKIT_TRACEBACK"):
             raise
-        print(f"clipkit: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"clipkit: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", EXIT_BAD_INPUT))
 
 
@@ -90,6 +93,7 @@ def usage(command: str, schema: type, groups: Mapping[str, Sequence[str]]) -> st
 
 
 def _config_dirs(arguments: Sequence[str]) -> list[Path]:
-    flags = ("--config-dir", "-cd")
+    flags = ("--config-dir", "-cd", "--config-path", "-cp")
     after = [Path(value) for flag, value in pairwise(arguments) if flag in flags]
-    return after + [Path(flag.partition("=")[2]) for flag in arguments if flag.startswith("--config-dir=")]
+    return after + [Path(flag.partition("=")[2]) for flag in arguments
+                    if flag.startswith(("--config-dir=", "--config-path="))]

@@ -1,7 +1,6 @@
 """Read a set of shards once and say what is in it: counts, picture sizes, caption lengths, duplicates, bad samples."""
 
 import hashlib
-import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from clipkit.config.visible import visible
 from clipkit.data.decode import DecodeError, decode_image
-from clipkit.data.samples import SampleError
+from clipkit.data.samples import SampleError, check_text, parse_json
 from clipkit.data.tars import BadSample, RawSample
 
 EXAMPLES_PER_CAUSE = 3
@@ -26,7 +26,7 @@ class BadCount:
     def add(self, cause: str, example: str) -> None:
         self.counts[cause] += 1
         if self.counts[cause] <= EXAMPLES_PER_CAUSE:
-            self.examples.setdefault(cause, []).append(example)
+            self.examples.setdefault(cause, []).append(visible(example))
 
     @property
     def total(self) -> int:
@@ -108,13 +108,7 @@ def sample_captions(item: RawSample) -> list[str]:
     Raises:
       SampleError: there is none and no .cls either, or the json or the text cannot be read.
     """
-    try:
-        fields = json.loads(item.json) if item.json is not None else {}
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad json", str(error)) from error
-    if not isinstance(fields, dict):
-        raise SampleError("bad json", f"a {type(fields).__name__}, not an object")
-    found = fields.get("captions")
+    found = parse_json(item.json).get("captions")
     texts = found if isinstance(found, list) else [found]
     captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     if not captions and item.text is not None:
@@ -124,7 +118,7 @@ def sample_captions(item: RawSample) -> list[str]:
             raise SampleError("bad text", f"the .txt is not UTF-8: {error}") from error
     if not captions and item.label is None:
         raise SampleError("no caption", "nothing in captions (json), .txt or .cls")
-    return captions
+    return [check_text(caption) for caption in captions]
 
 
 def report_lines(report: SetReport, context_length: int) -> list[str]:

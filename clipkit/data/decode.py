@@ -12,11 +12,14 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 # Formats that Pillow may try. A closed list: some of its other readers start programs (EPS) or read other files.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 JPEG_MAGIC = b"\xff\xd8\xff"
+MAX_SCANS = 32  # of a JPEG; each takes as long as decoding a plain one. Encoders write about 10
+TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength
 DCT_SCALES = (8, 4, 2)  # libjpeg-turbo decodes at 1/8, 1/4 and 1/2 with SIMD; its other fractions are slower than 1/1
 
 
@@ -59,6 +62,7 @@ def decode_image(data: bytes, *, max_pixels: int, fast_size: int | None = None) 
     if not data:
         raise DecodeError("empty image", "0 bytes")
     if data[:3] == JPEG_MAGIC:
+        _check_scans(data)
         pixels = _decode_jpeg(data, max_pixels, fast_size)
         if pixels is not None:
             return pixels
@@ -71,6 +75,9 @@ def decode_image(data: bytes, *, max_pixels: int, fast_size: int | None = None) 
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 _check_size(*image.size, max_pixels)
+                if isinstance(image, TiffImageFile):  # a whole tile is decoded, however little of it is picture
+                    width, height = (int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE_SIDES)
+                    _check_size(width, height, max_pixels)
                 image.load()
                 return _to_rgb(image)
     except DecodeError:
@@ -130,7 +137,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise DecodeError("unsupported image", "floating-point pixels have no known range")
     if image.mode.startswith("I"):
-        values = np.array(image).astype(np.int64)  # (H, W), 16 bits in 0 .. 65535
+        values = np.array(image)  # (H, W) uint16 or int32, 16 bits in 0 .. 65535
         if values.min() < 0 or values.max() > 65535:
             raise DecodeError("unsupported image", "integer pixels outside 0 .. 65535")
         grey = (values >> 8).astype(np.uint8)  # the high byte, as Pillow does for 16-bit colour
@@ -179,14 +186,35 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _declared_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    at = _jpeg_frame(data)
+    if at is None:
+        return None
+    height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+    return width, height
+
+
+def _jpeg_frame(data: bytes) -> int | None:
+    """Where the frame header begins, of any coding."""
     at = 2  # after the start marker; each segment is 0xFF, marker, 16-bit length, body
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header of any coding
-            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
-            return width, height
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return at
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG whose scans would be decoded for minutes; a baseline one, by far the most, is not searched for them."""
+    at = frame = _jpeg_frame(data)
+    if at is not None and frame is not None and data[frame + 1] in (0xC0, 0xC1):
+        while at + 4 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if at + 4 < len(data) and data[at + 4] == data[frame + 9]:  # the first scan has all components: it is the only one
+            return
+    num_scans = data.count(b"\xff\xda")
+    if num_scans > MAX_SCANS:
+        raise DecodeError("unsupported image", f"a JPEG of {num_scans} scans; more than {MAX_SCANS} are not decoded")
 
 
 def _cause(data: bytes, error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 MODEL_PREFIX = "hf-hub:"  # as in open_clip
 SET_PREFIX = "hf://"
-REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
+REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@((?!.*\.\.)[\w./-]+))?")  # no git reference holds ".."
 MODEL_TEXTS = ("*.json", "*.txt", "*.model")  # configuration and tokenizer
 
 

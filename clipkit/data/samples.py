@@ -126,7 +126,7 @@ def choose_caption(text: bytes | None, fields: dict[str, Any], caption_fields: S
       rng: drawn from only where there is a choice.
 
     Raises:
-      SampleError: there is no caption ("no caption"), or the .txt is not UTF-8 ("bad text").
+      SampleError: there is no caption ("no caption"), or it is not Unicode ("bad text").
     """
     if caption_fields is None:
         found = [_captions(fields.get("captions")) or _captions(_decode(text))]
@@ -140,7 +140,20 @@ def choose_caption(text: bytes | None, fields: dict[str, Any], caption_fields: S
         places = "captions (json) and .txt" if caption_fields is None else ", ".join(caption_fields)
         raise SampleError("no caption", f"nothing in {places}")
     captions = found[0] if len(found) == 1 else rng.choices(found, weights)[0]
-    return captions[0] if len(captions) == 1 else rng.choice(captions)
+    return check_text(captions[0] if len(captions) == 1 else rng.choice(captions))
+
+
+def check_text(caption: str) -> str:
+    """Return a caption if it is one. A json may hold half a character (a lone surrogate), which no tokenizer or file takes.
+
+    Raises:
+      SampleError: it does ("bad text").
+    """
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("bad text", f"a caption is not Unicode: {error}") from error
+    return caption
 
 
 def captions_of_field(name: str, text: bytes | None, fields: dict[str, Any]) -> list[str]:

@@ -7,20 +7,18 @@ lanes.py.
 import io
 import subprocess
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
-from lzma import LZMAError
 from typing import IO, Any, NamedTuple, cast
 
+from clipkit.data.archive import DAMAGE, Archive, open_archive
 from clipkit.data.remote import READ_BUFFER_BYTES, RemoteShards, is_local
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 READ_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "txt", "json", "cls"))
 PROBLEM = "problem"  # pseudo suffix under which a damaged member travels through the grouping
 MAX_MEMBER_BYTES = 256 * 2**20  # far above any training picture; a larger member is a bad sample
-MAX_HEADER_BYTES = 2**20  # of a pax or GNU long-name header, which tarfile reads whole
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")  # gzip, bzip2, xz
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, LZMAError)  # what a cut or corrupt archive raises
+MAX_TEXT_BYTES = 4 * 2**20  # of a .txt, .json or .cls; parsed, a json can take thirty times its size
+TEXT_SUFFIXES = ("txt", "json", "cls")
 
 
 class RawSample(NamedTuple):
@@ -99,7 +97,7 @@ def read_shard(url: str, *, keep: Callable[[int], bool] | None = None, max_membe
       url: as in open_shard. Compressed tars (gzip, bzip2, xz) are recognised by their content.
       keep: told the number of a sample in the shard (0, 1, ...), says whether to read it; the bytes of others are
         skipped (a seek in a local uncompressed tar). None = all.
-      max_member_bytes: a larger member makes its sample a bad one, and is not read.
+      max_member_bytes: of a sample's members together; a larger sample is a bad one. Texts have MAX_TEXT_BYTES each.
       allow_pipe, remote: as in open_shard.
 
     Yields:
@@ -133,7 +131,7 @@ def _read_open(file: IO[bytes], url: str, wanted: Callable[[int], bool], max_mem
     from webdataset.tariterators import group_by_keys
 
     try:
-        archive = _open_archive(file)
+        archive = open_archive(file)
     except DAMAGE as error:
         yield -1, BadSample("unreadable shard", url, None, f"not a tar: {error}")
         return
@@ -150,48 +148,6 @@ def _read_open(file: IO[bytes], url: str, wanted: Callable[[int], bool], max_mem
                             + (f", but {members.passed_over!r}" if members.passed_over else ""))
 
 
-class _Header(tarfile.TarInfo):
-    """A tar header that tells how the archive ended: tarfile itself takes any damaged header for a regular end."""
-
-    @classmethod
-    def fromtarfile(cls, archive: Any) -> "_Header":
-        try:
-            return super().fromtarfile(archive)
-        except Exception as error:
-            archive.ended_by = error
-            raise
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        # Nearly all members are plain files with short names; tarfile's own parse of one takes several times as long.
-        if buf[156:157] == tarfile.REGTYPE and buf[257:262] == b"ustar" and buf[345:346] == b"\0" and len(buf) == 512:
-            digits, checksum = buf[124:136].rstrip(b"\0 "), buf[148:156].strip(b"\0 ")
-            octal = digits and checksum and not (digits + checksum).strip(b"01234567")
-            if octal and int(checksum, 8) == 256 + sum(buf) - sum(buf[148:156]):
-                header = cls(bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors))
-                header.size = int(digits, 8)
-                return header
-        header = super().frombuf(buf, encoding, errors)
-        if header.type not in tarfile.REGULAR_TYPES and header.size > MAX_HEADER_BYTES:
-            raise tarfile.HeaderError(f"a header of {header.size} bytes")  # pyright: ignore
-        return header
-
-
-class _Archive(tarfile.TarFile):
-    ended_by: Exception | None = None
-    tarinfo = _Header
-
-
-def _open_archive(file: IO[bytes]) -> _Archive:
-    seekable = file.seekable()
-    if seekable:
-        start = file.read(6)
-        file.seek(0)
-        seekable = not start.startswith(COMPRESSED)
-    mode = "r:" if seekable else "r|*"
-    return cast(_Archive, _Archive.open(fileobj=file, mode=mode, bufsize=READ_BUFFER_BYTES))
-
-
 class _Members:
     """The members of an archive as group_by_keys takes them; iterate once.
 
@@ -201,7 +157,7 @@ class _Members:
       passed_over: name of a file that no sample is made of, for messages.
     """
 
-    def __init__(self, archive: _Archive, url: str, wanted: Callable[[int], bool], max_member_bytes: int,
+    def __init__(self, archive: Archive, url: str, wanted: Callable[[int], bool], max_member_bytes: int,
                  suffixes: frozenset[str]) -> None:
         self.archive, self.url, self.wanted, self.max_member_bytes = archive, url, wanted, max_member_bytes
         self.suffixes = suffixes
@@ -210,15 +166,17 @@ class _Members:
         self.passed_over = ""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        key, number, suffixes = None, -1, set()
+        key, number, suffixes, held = None, -1, set(), 0
         try:
             for name, suffix, member in self._headers():
                 if name != key:
-                    key, number, suffixes = name, number + 1, set()
-                data = self._data(member) if self.wanted(number) else None
+                    key, number, suffixes, held = name, number + 1, set(), 0
+                held += member.size
+                too_large = held > self.max_member_bytes or (suffix in TEXT_SUFFIXES and member.size > MAX_TEXT_BYTES)
+                data = self._data(member) if self.wanted(number) and not too_large else None
                 if suffix in suffixes and PROBLEM not in suffixes:
                     suffix, data = PROBLEM, ("duplicate member", f"two members are named {member.name!r}")
-                elif member.size > self.max_member_bytes and PROBLEM not in suffixes:
+                elif too_large and PROBLEM not in suffixes:
                     suffix, data = PROBLEM, ("huge member", f"{member.name!r} has {member.size} bytes")
                 if suffix not in suffixes:
                     suffixes.add(suffix)
@@ -243,9 +201,7 @@ class _Members:
         if not isinstance(self.archive.ended_by, tarfile.EOFHeaderError):  # pyright: ignore
             raise tarfile.ReadError(f"the archive ends without an end mark: {self.archive.ended_by}")
 
-    def _data(self, member: tarfile.TarInfo) -> bytes | None:
-        if member.size > self.max_member_bytes:
-            return None
+    def _data(self, member: tarfile.TarInfo) -> bytes:
         file = cast(IO[bytes], self.archive.fileobj)
         file.seek(member.offset_data)
         data = file.read(member.size)

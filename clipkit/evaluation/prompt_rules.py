@@ -83,7 +83,7 @@ def _from_file(classes: Sequence[str], path: Path) -> list[list[str]]:
         return _fill(classes, templates)
     try:
         texts = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"templates file {path} is no json: {error}") from error
     if not isinstance(texts, dict):
         raise ValueError(f"templates file {path} holds a {type(texts).__name__}; it must be {{class name: [texts]}}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from clipkit.config.command_line import conf_dir
 from clipkit.config.schema import parse
+from clipkit.config.settings_files import check_settings_file
 from clipkit.config.suite import SUITE_METRICS, SuiteConfig, SuiteTaskConfig
 from clipkit.evaluation.outcome import Outcome
 from clipkit.evaluation.results import Result, align
@@ -35,6 +36,7 @@ def read_suite(name: str | Path) -> SuiteConfig:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise FileNotFoundError(f"there is no suite {str(name)!r}; choose one of {known}, or give a .yaml file")
+    check_settings_file(path)
     values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no suite: it needs name and tasks")

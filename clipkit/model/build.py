@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import importlib.util
-import json
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clipkit.data.tokenize import make_tokenizer
 from clipkit.model.cbow import CBOWTextTower
 from clipkit.model.image_text import ImageTextModel
+from clipkit.model.weights_file import read_json_object, read_weights
 
 CONFIG_NAME = "open_clip_config.json"
 
@@ -181,6 +182,7 @@ def _load_pretrained(model_cfg: dict[str, Any], name: str, pretrained: str) -> t
     """
     from open_clip.factory import load_checkpoint
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    from safetensors import SafetensorError
 
     known = dict(get_pretrained_cfg(name, pretrained))
     tags = list_pretrained_tags_by_model(name)
@@ -190,16 +192,20 @@ def _load_pretrained(model_cfg: dict[str, Any], name: str, pretrained: str) -> t
     path = Path(download_pretrained(known) if known else pretrained)
     beside = path.with_name(CONFIG_NAME)
     if not known and beside.is_file():
-        config = json.loads(beside.read_text())
+        config = read_json_object(beside)
         known = config.get("preprocess_cfg", {})
-        model_cfg["quick_gelu"] = config["model_cfg"].get("quick_gelu", False)
+        model_cfg["quick_gelu"] = config.get("model_cfg", {}).get("quick_gelu", False)
     elif not known and not model_cfg.get("quick_gelu") and any(get_pretrained_cfg(name, tag).get("quick_gelu") for tag in tags):
         warnings.warn(f"{pretrained} does not say which activation its weights were trained with; {name} assumes GELU: for "
                       f"weights of OpenAI, MetaCLIP or DFN, give {name}-quickgelu", stacklevel=3)
     if known.get("quick_gelu"):
         model_cfg["quick_gelu"] = True
     towers = make_towers(model_cfg)
-    load_checkpoint(towers, str(path))
+    try:
+        load_checkpoint(towers, str(path))
+    except (pickle.UnpicklingError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model.pretrained {path} cannot be loaded ({' '.join(str(error).split())[:200]}); give weights of "
+                         f"{name}, as safetensors or tensors alone") from error
     preprocess_cfg = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
     return towers, preprocess_cfg, file_sha256(path)
 
@@ -227,16 +233,6 @@ def _load_image_weights(towers: Any, source: str) -> None:
             raise ValueError(f"model.image_weights {path.name} do not fit the image tower: {key} needs "
                              f"{tuple(value.shape)}, the file has {found}; choose the architecture they were made for")
     trunk.load_state_dict({key: given[key] for key in wanted}, strict=False)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without running any code from it (safetensors, or torch's weights_only)."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    return weights.get("state_dict", weights)
 
 
 def _installed_weights(package: str) -> Path:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from clipkit.data.tokenize import Tokenizer, make_tokenizer
 from clipkit.interop.clip_bpe import is_clip_bpe, read_bpe
 from clipkit.interop.from_transformers import OWN_TOKENIZER, model_cfg_from_transformers, preprocess_cfg_from_transformers
 from clipkit.interop.transformers_weights import open_clip_weights
-from clipkit.model.build import CONFIG_NAME, build_model, complete_preprocess_cfg, file_sha256, make_towers, read_weights
+from clipkit.model.build import CONFIG_NAME, build_model, complete_preprocess_cfg, file_sha256, make_towers
 from clipkit.model.image_text import ImageTextModel
+from clipkit.model.weights_file import read_json_object, read_weights
 from clipkit.training.atomic_files import fsync_file, one_line_os_error, remove_quietly
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -87,7 +87,7 @@ def _load_folder(folder: Path) -> ImageTextModel:
     weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if (folder / CONFIG_NAME).is_file() and weights is not None:
         config = _read_config(folder / CONFIG_NAME)
-        return _assemble(folder, config["model_cfg"], config["preprocess_cfg"], _read_safely(weights), file_sha256(weights))
+        return _assemble(folder, config["model_cfg"], config["preprocess_cfg"], read_weights(weights), file_sha256(weights))
     if (folder / "config.json").is_file():
         return _load_transformers_folder(folder)
     raise FileNotFoundError(f"{folder} holds no model: it has neither {CONFIG_NAME} with {WEIGHTS_NAME} (clipkit, open_clip) "
@@ -95,15 +95,16 @@ def _load_folder(folder: Path) -> ImageTextModel:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return {"preprocess_cfg": {}, **config, "model_cfg": config["model_cfg"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no open_clip configuration ({error}); copy or fetch it again") from error
+    config = {"preprocess_cfg": {}, **read_json_object(path)}
+    for name, part in (("model_cfg", config), ("preprocess_cfg", config), ("vision_cfg", config.get("model_cfg")),
+                       ("text_cfg", config.get("model_cfg"))):
+        if not isinstance(part, dict) or not isinstance(part.get(name), dict):
+            raise ValueError(f"{path} is no open_clip configuration (it has no object {name!r}); copy or fetch it again")
+    return config
 
 
 def _load_transformers_folder(folder: Path) -> ImageTextModel:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json_object(folder / "config.json")
     try:
         model_cfg = model_cfg_from_transformers(config)
         if not _has_clip_bpe(folder):
@@ -111,10 +112,13 @@ def _load_transformers_folder(folder: Path) -> ImageTextModel:
         preprocess_cfg = preprocess_cfg_from_transformers(_image_processor(folder), config["model_type"],
                                                           model_cfg["vision_cfg"]["image_size"])
         files = _weights_files(folder)
-        tensors = {name: tensor for path in files for name, tensor in _read_safely(path).items()}
+        tensors = {name: tensor for path in files for name, tensor in read_weights(path).items()}
         weights = open_clip_weights(tensors, config["model_type"])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # a value of another kind than it should be
+        raise ValueError(f"{folder}: its configuration cannot be used ({type(error).__name__}: {error}); copy or fetch it again"
+                         ) from error
     hashes = [file_sha256(path) for path in files]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return _assemble(folder, model_cfg, preprocess_cfg, weights, sha256)
@@ -122,7 +126,7 @@ def _load_transformers_folder(folder: Path) -> ImageTextModel:
 
 def _assemble(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: Mapping[str, Any], weights: Mapping[str, Tensor],
               sha256: str) -> ImageTextModel:
-    towers = make_towers(_with_own_text_config(model_cfg, folder))
+    towers = _make_towers(_with_own_text_config(model_cfg, folder), folder)
     wanted = towers.state_dict()
     for name in sorted({*wanted, *weights}):
         shapes = [tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (wanted, weights)]
@@ -136,11 +140,24 @@ def _assemble(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: Mapping[s
     return model
 
 
+def _make_towers(model_cfg: dict[str, Any], folder: Path) -> Any:
+    try:  # its weights are here: none are fetched
+        return make_towers({**model_cfg, "vision_cfg": {**model_cfg["vision_cfg"], "timm_model_pretrained": False}})
+    except ValueError:
+        raise
+    except Exception as error:  # what the libraries make of wrong values can end in any way
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{folder}: its configuration builds no model ({cause}); copy or fetch it again") from error
+
+
 def _with_own_text_config(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A Hugging Face text tower without weights of its own, built from the config.json beside it rather than by its name."""
     if "hf_model_name" not in model_cfg["text_cfg"]:
         return model_cfg
     beside = {"hf_model_name": str(folder)} if (folder / "config.json").is_file() else {}
+    if beside and "auto_map" in read_json_object(folder / "config.json"):
+        raise ValueError(f"{folder}/config.json names code of the model's own (auto_map), which is never run; give a model of "
+                         "transformers' own classes")
     return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], **beside, "hf_model_pretrained": False}}
 
 
@@ -166,9 +183,9 @@ def _has_clip_bpe(folder: Path) -> bool:
 
 def _image_processor(folder: Path) -> dict[str, Any]:
     if (folder / "preprocessor_config.json").is_file():
-        return json.loads((folder / "preprocessor_config.json").read_text())
+        return read_json_object(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").is_file():  # transformers 5 writes one file for both sides
-        both = json.loads((folder / "processor_config.json").read_text())
+        both = read_json_object(folder / "processor_config.json")
         if "image_processor" in both:
             return both["image_processor"]
     raise FileNotFoundError(f"{folder} has no preprocessor_config.json: how pictures are prepared is unknown; save the model's "
@@ -181,23 +198,11 @@ def _weights_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} has config.json but no weights; looked for {', '.join(TRANSFORMERS_WEIGHTS)}")
     if found[0].suffix != ".json":
         return found[:1]
-    names = sorted(set(json.loads(found[0].read_text())["weight_map"].values()))
+    names = sorted(set(map(str, read_json_object(found[0])["weight_map"].values())))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise FileNotFoundError(f"{found[0]} names {name}, which is no file of the folder; fetch the missing part")
     return [folder / name for name in names]
-
-
-def _read_safely(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-
-    try:
-        return read_weights(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path.name} holds more than tensors and is not read, as that could run its code; convert it to "
-                         "safetensors") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or fetch it again") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -208,6 +213,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """
     beside = path.with_name(f".tmp-{path.name}")  # always one name: what a killed process left is written over
     try:
+        remove_quietly(beside)  # a link that stands there would be followed
         write(beside)
         fsync_file(beside)
         beside.replace(path)

@@ -26,6 +26,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
+        remove_quietly(temporary)  # a link that stands there would be followed
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()

@@ -20,6 +20,7 @@ from clipkit.training.sharding import copy_whole
 
 FORMAT = 1
 DAMAGED = "damaged-"
+STATE_FIELDS = ("format", "step", "world_size", "versions", "state", "optimizer")
 RANDOM_NAME = re.compile(r"rank(\d+)\.(.+)")
 
 
@@ -111,8 +112,6 @@ def load_checkpoint(folder: Path | str, *, verify: bool = True, leave_parts: boo
       FileNotFoundError: there is no checkpoint there.
       DamagedCheckpointError: a file is missing or differs from the manifest.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not STEP_FOLDER.fullmatch(folder.name) and not (folder / "manifest.json").exists():
         run_dir = folder
@@ -125,12 +124,12 @@ def load_checkpoint(folder: Path | str, *, verify: bool = True, leave_parts: boo
         raise FileNotFoundError(f"there is no checkpoint {folder}; give a checkpoints/step-... folder of a run")
     elif verify and (fault := _damage(folder)):
         raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {fault}; use an older one")
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    record = _read_state(folder)
     if record["format"] != FORMAT:
         raise ValueError(f"the checkpoint {folder} has format {record['format']}, this clipkit reads {FORMAT}; use the "
                          f"clipkit that wrote it ({record['versions'].get('clipkit')})")
     tensors: dict[str, dict[str, Tensor] | None] = {
-        name: load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else None
+        name: _read_tensors(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else None
         for name in ("model", "optimizer", "ema", "random")}
     in_parts = has_parts(folder)
     if in_parts and not leave_parts:
@@ -144,6 +143,29 @@ def load_checkpoint(folder: Path | str, *, verify: bool = True, leave_parts: boo
         optimizer=None if description is None else OptimizerState(tensors["optimizer"] or {}, description),
         ema=tensors["ema"], state=record["state"], random_states=_split_by_rank(tensors["random"] or {}),
         world_size=record["world_size"], versions=record["versions"], in_parts=in_parts)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        missing = [name for name in STATE_FIELDS if name not in record]
+        if not missing and isinstance(record["state"], dict):
+            return record
+        cause = f"it lacks {', '.join(missing)}" if missing else "its state is no object"
+    except (ValueError, TypeError, RecursionError) as error:
+        cause = str(error)
+    raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: state.json is not readable ({cause}); use an older one")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"the checkpoint {path.parent} is damaged: {path.name} is not readable ({error}); use an "
+                                     "older one") from error
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Tensor], what: str = "model") -> None:
@@ -206,9 +228,9 @@ def _damage(folder: Path) -> str | None:
 
 def _split_by_rank(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     matches = [(match, tensor) for name, tensor in tensors.items() if (match := RANDOM_NAME.fullmatch(name))]
-    ranks = 1 + max((int(match.group(1)) for match, _ in matches), default=-1)
+    ranks = {int(match.group(1)) for match, _ in matches}
     return [{match.group(2): tensor for match, tensor in matches if int(match.group(1)) == rank}
-            for rank in range(ranks)]
+            for rank in sorted(ranks)]
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from clipkit.config.visible import visible
+
 
 class LiveLine:
     """One status line on a stream, and full lines (`say`) that do not tear it."""
@@ -40,9 +42,9 @@ class LiveLine:
     def say(self, text: str) -> None:
         """Print a full line; on a terminal it goes above the status."""
         if self.on_terminal and self.shown:
-            self._write(f"\r\x1b[K{text}\n{self.shown}")
+            self._write(f"\r\x1b[K{visible(text)}\n{self.shown}")
         else:
-            self._write(text + "\n")
+            self._write(visible(text) + "\n")
 
     def close(self) -> None:
         """Leave the last status standing and end its line."""

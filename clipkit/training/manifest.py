@@ -34,11 +34,13 @@ def find_damage(folder: Path, required: tuple[str, ...] = ()) -> str | None:
         listed = {str(name): (int(one["size"]), str(one["sha256"])) for name, one in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return f"{MANIFEST} is not readable"
     for name in (*required, *listed):
         if name not in listed:
             return f"{MANIFEST} does not list {name}"
+        if Path(name).name != name:
+            return f"{MANIFEST} lists {name!r}, which is no file of the folder"
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (size := (folder / name).stat().st_size) != listed[name][0]:
