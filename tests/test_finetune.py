@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipkit.commands import pretrain as command
-from clipkit.commands.pretrain import IMPLIED, make_model, pretrain
+from clipkit.commands.pretrain import IMPLIED, pretrain
 from clipkit.config.model import as_start
 from clipkit.data.samples import SampleError, choose_caption
 from clipkit.evaluation.won_and_forgotten import compare_with_before
@@ -17,6 +17,7 @@ from clipkit.model.build import build_model
 from clipkit.model.folder import save_model_folder
 from clipkit.training.finetune import hold_statistics, learning_rate_scales, levels_below_top, pull_towards_start
 from clipkit.training.optim import make_optimizer, optimizer_step, set_learning_rate
+from clipkit.training.trained_model import make_model
 from tests.conftest import TINY, settings
 from tests.test_pretrain import STEPS, assert_bit_equal, only_last, weights
 

@@ -116,7 +116,7 @@ def test_a_json_field_of_shards_is_read_once(tmp_path: Path) -> None:
 def test_a_shard_that_cannot_be_reached_is_an_error_and_leaves_nothing_in_the_store(tmp_path: Path, monkeypatch) -> None:
     images = ShardImages(("http://127.0.0.1:9/0.tar",), lambda raw: Target(), "none", with_npy=False)
     store = EmbeddingStore(tmp_path)
-    monkeypatch.setattr("clipkit.data.tars.RETRY_AFTER_SECONDS", ())
+    monkeypatch.setattr("clipkit.data.remote.FIRST_WAIT_SECONDS", 0.0)
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/0.tar cannot be read now"):
         with_groups(Task("x", "all", RETRIEVAL, images), "region", store)
     assert not store.folder.exists()

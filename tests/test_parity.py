@@ -28,10 +28,10 @@ def losses_of_open_clip_train(config, max_grad_norm: float | None) -> list[float
     from open_clip.loss import ClipLoss
     from open_clip_train.scheduler import cosine_lr
 
-    from clipkit.commands.pretrain import make_model
     from clipkit.data.loader import make_train_loader
     from clipkit.data.samples import PictureExamples
     from clipkit.data.sources import find_sources
+    from clipkit.training.trained_model import make_model
 
     torch.manual_seed(config.seed)
     model = make_model(config)
