@@ -232,7 +232,7 @@ def fuzz(minutes: float, seed: int, keep: Path) -> Tally:
             if kind == "tar" and data.draw(st.booleans()):
                 changed = right_checksums(changed)
             if time.monotonic() < end:
-                faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # a loop inside a library
+                faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__ or sys.stderr)  # a loop inside a library
                 try_one(kind, changed, tally, keep, tokenize)
 
         one_round()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipkit.commands.pretrain import pretrain
+from clipkit.model.folder import load_model
 from clipkit.training.stop import EXIT_STOPPED
 from tests.conftest import settings
 
@@ -80,6 +81,8 @@ def test_a_run_leaves_everything_and_ends_well_again(shards, tmp_path, capsys):
     assert shown.startswith("clipkit pretrain: runs/small")
     for word in ("model ", "data ", "schedule ", "hardware ", "image_retrieval_recall@1", "next "):
         assert word in shown
+    of_checkpoint = load_model(run_dir / "checkpoints" / f"step-{STEPS:08d}").towers.state_dict()
+    assert_bit_equal({"": dict(of_checkpoint)}, {"": dict(load_model(run_dir / "model").towers.state_dict())})
     before = (run_dir / "model" / "open_clip_model.safetensors").read_bytes()
     assert run(shards, "evaluation.final_tasks=[" + shards + "]") is None  # finished: shows its table again
     assert "finished" in capsys.readouterr().out

@@ -44,6 +44,16 @@ def test_the_same_settings_open_the_run_again_and_runtime_settings_are_rewritten
     run.close()
 
 
+def test_a_setting_younger_than_the_run_may_be_one_that_changes_nothing(tmp_path):
+    open_run_folder(tmp_path, "emoji", config=CONFIG, identity=IDENTITY).close()
+    unused = {**IDENTITY, "model.lora_rank": None, "optim.frozen_norms": False, "optim.towards_start": 0}
+    run = open_run_folder(tmp_path, "emoji", config=CONFIG, identity=unused)
+    assert run.resumed
+    run.close()
+    with pytest.raises(ValueError, match=r"model\.lora_rank: run has no value, given 8"):
+        open_run_folder(tmp_path, "emoji", config=CONFIG, identity={**unused, "model.lora_rank": 8})
+
+
 def test_every_differing_identity_setting_is_listed_and_nothing_is_changed(tmp_path):
     run = open_run_folder(tmp_path, "emoji", config=CONFIG, identity=IDENTITY)
     run.close()

@@ -26,8 +26,8 @@ def test_fifty_steps_bring_the_loss_down(kind, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, more = KINDS[kind]
     (tmp_path / "own" / "model").mkdir(parents=True)
-    model = {"name": None, "pretrained": None, "config": config, "image_weights": None, "image_size": None,
-             "patch_dropout": None, "lock_image": False, "unlocked_image_groups": 0,
+    model = {"start": None, "lora_rank": None, "lora_alpha": None, "name": None, "pretrained": None, "config": config,
+             "image_weights": None, "image_size": None, "patch_dropout": None, "lock_image": False, "unlocked_image_groups": 0,
              "lock_text": False, "unlocked_text_layers": 0}
     (tmp_path / "own" / "model" / "mine.yaml").write_text(json.dumps(model))
     options = (f"data.train={shards}", "name=small", "train.global_batch_size=32", "train.samples=1600", "train.epochs=null",

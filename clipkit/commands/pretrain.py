@@ -178,7 +178,7 @@ def train(t: Training, start: int) -> int | None:
         measure_before(t)
         evaluate_and_log(t, 0)
     t.parallel.train()
-    if config.optim.frozen_norms:
+    if config.optim.frozen_norms or config.model.lora_rank:
         hold_statistics(t.model)
     with StopRequest() as stop, contextlib.closing(t.loader):
         for step, batch in zip(range(start, plan.total_steps), t.timer.batches(device_batches(t)), strict=False):

@@ -22,6 +22,10 @@ class ModelConfig:
     unlocked_image_groups: int = setting("last layer groups of a locked image tower that still learn", at_least(0))
     lock_text: bool = setting("freeze the text tower")
     unlocked_text_layers: int = setting("last layers of a locked text tower that still learn", at_least(0))
+    lora_rank: int | None = setting("LoRA: the blocks' matrices stay and learn an update of this rank; null = they learn whole",
+                                    at_least(1))
+    lora_alpha: float | None = setting("the update of LoRA is multiplied by lora_alpha / lora_rank; null = twice the rank",
+                                       positive)
 
     def __post_init__(self) -> None:
         if self.start is not None:
@@ -31,6 +35,15 @@ class ModelConfig:
         if self.pretrained and self.name is None and self.start is None:
             raise ValueError(f"model.pretrained is {self.pretrained!r} but model.name is null; weights need a named "
                              "architecture: give model.name=...")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"model.lora_alpha is {self.lora_alpha:g}, but model.lora_rank is null, so nothing reads it; give "
+                             "model.lora_rank=8, or leave model.lora_alpha out")
+        if self.lora_rank is not None and self.start is None and self.pretrained is None:
+            raise ValueError(f"model.lora_rank is {self.lora_rank}, but the run starts from random weights, which would "
+                             "stay; give model.start=... or model.pretrained=..., or model.lora_rank=null")
 
     def _check_alone(self) -> None:
         for key in ("name", "config", "image_weights", "image_size", "patch_dropout"):

@@ -44,3 +44,14 @@ class PretrainConfig:
         if self.optim.towards_start and self.model.start is None and self.model.pretrained is None:
             raise ValueError(f"optim.towards_start is {self.optim.towards_start:g}, but the run starts from random weights; "
                              "give model.start=..., or optim.towards_start=0")
+        if self.model.lora_rank is not None:
+            self._check_lora(self.model.lora_rank)
+
+    def _check_lora(self, rank: int) -> None:
+        strategy, pull = self.parallel.strategy, self.optim.towards_start
+        if strategy != "ddp":
+            raise ValueError(f"parallel.strategy is {strategy!r} and model.lora_rank is {rank}: adapted matrices are not "
+                             "shared out; give parallel.strategy=ddp, or model.lora_rank=null")
+        if pull:
+            raise ValueError(f"optim.towards_start is {pull:g} and model.lora_rank is {rank}: the start stays as it is, and "
+                             "weight decay already pulls the update to zero; give optim.towards_start=0")

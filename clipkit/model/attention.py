@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class FusedSelfAttention(nn.MultiheadAttention):
@@ -55,8 +56,10 @@ def mix_for(query: Tensor, keys_and_values: Tensor, num_heads: int) -> Tensor:
 
 def is_plain_block(block: nn.Module) -> bool:
     """True for open_clip's standard block with torch's own self-attention (fused or not)."""
-    attention: Any = getattr(block, "attn", None)
-    return (type(block) is ResidualAttentionBlock and type(attention) in (nn.MultiheadAttention, FusedSelfAttention)
+    if type(block) is not ResidualAttentionBlock:
+        return False
+    attention: Any = block.attn
+    return (parametrize.type_before_parametrizations(attention) in (nn.MultiheadAttention, FusedSelfAttention)
             and attention.batch_first and not attention.dropout and attention.bias_k is None and not hasattr(block, "ln_1_kv"))
 
 
@@ -71,7 +74,8 @@ def fuse_attention(towers: Any, *, causal_text: bool) -> int:
     Returns:
       The number of blocks that are fused.
     """
-    plain = {name: block for name, block in towers.named_modules() if is_plain_block(block)}
+    plain = {name: block for name, block in towers.named_modules()
+             if is_plain_block(block) and not parametrize.is_parametrized(block.attn)}  # whose class is torch's own
     for name, block in plain.items():
         attention: Any = block.attn
         attention.__class__ = FusedSelfAttention

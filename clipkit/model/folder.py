@@ -34,7 +34,8 @@ def save_model_folder(model: ImageTextModel, folder: Path, weights: dict[str, Te
     Args:
       model: The model whose configuration and weights are written.
       folder: Made if missing.
-      weights: Written in the place of the model's own (an average of them, say); keys as in `model.towers`.
+      weights: Written in the place of the model's own (an average of them, say); keys as in `model.towers`. Matrices that
+        LoRA adapts are written merged, under open_clip's names.
     """
     from safetensors.torch import save_file
 
@@ -45,17 +46,26 @@ def save_model_folder(model: ImageTextModel, folder: Path, weights: dict[str, Te
             model.towers.text.config.save_pretrained(folder)
         _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(model.config, indent=2) + "\n"))
     tensors = model.towers.state_dict() if weights is None else weights
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _plain(tensors)
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+
+
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as open_clip's own model has them: adapted matrices merged, on the CPU."""
+    from clipkit.training.lora import merged_weights
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_weights(weights).items()}
     for name in [name for name in plain if name.endswith(".running_mean")]:  # a frozen norm counts no batches; loaded, it does
         plain.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.zeros((), dtype=torch.int64))
-    _replace(folder / WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+    return plain
 
 
 def load_model(source: str | Path, *, pretrained: str | None = None, device: str | torch.device = "cpu") -> ImageTextModel:
     """Load a model for use, in evaluation mode.
 
     Args:
-      source: A run folder (runs/emoji), a model folder (runs/emoji/model), a transformers folder of a CLIP or a
+      source: A run folder (runs/emoji), a model folder (runs/emoji/model), a run's checkpoint
+        (runs/emoji/checkpoints/step-00000820), a transformers folder of a CLIP or a
         fixed-resolution SigLIP (config.json, weights, preprocessor_config.json, tokenizer), the same on the Hugging Face
         hub (hf-hub:<org>/<name>[@revision]), or an open_clip name (ViT-B-32).
       pretrained: open_clip tag or weights file, with an open_clip name.
@@ -90,8 +100,19 @@ def _load_folder(folder: Path) -> ImageTextModel:
         return _assemble(folder, config["model_cfg"], config["preprocess_cfg"], read_weights(weights), file_sha256(weights))
     if (folder / "config.json").is_file():
         return _load_transformers_folder(folder)
+    if (folder / "state.json").is_file() and (folder.parent.parent / "model" / CONFIG_NAME).is_file():
+        return _load_checkpoint(folder, folder.parent.parent / "model")
     raise FileNotFoundError(f"{folder} holds no model: it has neither {CONFIG_NAME} with {WEIGHTS_NAME} (clipkit, open_clip) "
                             "nor config.json with model.safetensors (a transformers CLIP or SigLIP); give a folder that has")
+
+
+def _load_checkpoint(folder: Path, model_folder: Path) -> ImageTextModel:
+    """The model of a run's checkpoint, whole or in parts: the average of its weights, where it has one."""
+    from clipkit.training.checkpoint import load_checkpoint
+
+    config, saved = _read_config(model_folder / CONFIG_NAME), load_checkpoint(folder)
+    return _assemble(model_folder, config["model_cfg"], config["preprocess_cfg"], _plain(saved.ema or saved.model),
+                     file_sha256(folder / "manifest.json"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

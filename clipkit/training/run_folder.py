@@ -13,6 +13,7 @@ from clipkit.training.atomic_files import one_line_os_error, write_text_atomical
 from clipkit.training.environment import describe_environment
 
 MISSING = object()
+UNUSED = (None, False, 0)  # values by which a setting that is younger than the run changes nothing in it
 
 
 class Run(NamedTuple):
@@ -90,7 +91,8 @@ def _check_identity(path: Path, saved: Mapping[str, Any], identity: Mapping[str,
                      for inner in [*given, *(inner for inner in before if inner not in given)]]
         else:
             pairs = [(key, before, given)]
-        differences += [f"{inner}: run has {_show(old)}, given {_show(new)}" for inner, old, new in pairs if old != new]
+        differences += [f"{inner}: run has {_show(old)}, given {_show(new)}" for inner, old, new in pairs
+                        if old != new and not (old is MISSING and new in UNUSED)]
     if differences:
         raise ValueError(f"the run {path} was started with other settings ({'; '.join(differences)}); give the run's "
                          "values to go on with it, or another name=... to start a new run")

@@ -6,14 +6,15 @@ from clipkit.config.pretrain import PretrainConfig
 from clipkit.model.attention import fuse_attention
 from clipkit.model.build import build_model, lock_towers
 from clipkit.model.image_text import ImageTextModel, has_batch_statistics
-from clipkit.training.finetune import freeze_norms, load_start
+from clipkit.training.finetune import freeze_norms, levels_below_top, load_start
+from clipkit.training.lora import add_lora
 
 
 def make_model(config: PretrainConfig) -> ImageTextModel:
     """Build the towers, or load those that training starts from, and lock what is to be locked.
 
     Raises:
-      ValueError: settings that do not fit the model; those of `build_model` and `load_start`.
+      ValueError: settings that do not fit the model; those of `build_model`, `load_start` and `add_lora`.
     """
     settings = config.model
     if settings.start:
@@ -24,7 +25,7 @@ def make_model(config: PretrainConfig) -> ImageTextModel:
                             patch_dropout=settings.patch_dropout, loss=config.loss.name)
     lock_towers(model, image=settings.lock_image, unlocked_image_groups=settings.unlocked_image_groups,
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
-    if config.optim.frozen_norms:
+    if config.optim.frozen_norms or settings.lora_rank:
         freeze_norms(model.towers)
     if config.loss.name == "clip" and model.towers.logit_bias is not None:
         model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
@@ -34,6 +35,9 @@ def make_model(config: PretrainConfig) -> ImageTextModel:
         model.towers.set_grad_checkpointing(True)
     if config.train.channels_last:  # before the optimizer is made or taken up: its state has the weights' layout
         model.towers.visual.to(memory_format=torch.channels_last)
+    if settings.lora_rank:  # after all that tells blocks by their classes, which a parametrization changes
+        add_lora(model.towers, levels_below_top(model.towers), rank=settings.lora_rank, alpha=settings.lora_alpha,
+                 seed=config.seed)
     if config.train.micro_batch_size and has_batch_statistics(model) and not config.train.micro_batch_norm:
         raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}, and the model has BatchNorm, whose "
                          "statistics would be those of a micro-batch; choose a tower without, lock it, or allow it with "

@@ -48,8 +48,9 @@ class ClipkitTrainer:
         self.version, self.clock, self.folder = f"clipkit {__version__}", Clock(device), tempfile.TemporaryDirectory()
         (Path(self.folder.name) / "model").mkdir()
         (Path(self.folder.name) / "model" / "bench.yaml").write_text(
-            "{name: null, pretrained: null, image_weights: null, image_size: null, patch_dropout: null, lock_image: false, "
-            "unlocked_image_groups: 0, lock_text: false, unlocked_text_layers: 0, config: " + model_cfg + "}")
+            "{start: null, name: null, pretrained: null, image_weights: null, image_size: null, patch_dropout: null, "
+            "lock_image: false, unlocked_image_groups: 0, lock_text: false, unlocked_text_layers: 0, lora_rank: null, "
+            "lora_alpha: null, config: " + model_cfg + "}")
         micro = [f"train.micro_batch_size={size // micro_batches}"] if micro_batches > 1 else []
         launch("pretrain", PretrainConfig, self.prepare, [
             "--config-dir", self.folder.name, "model=bench", *(f"data.train={shard}" for shard in shards), *OPTIONS, *micro,
