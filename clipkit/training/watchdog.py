@@ -80,7 +80,8 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends: they end too, with these words."""
         self.verdict.acquire()
-        words = " ".join(str(error).split())[:MAX_WORDS] or type(error).__name__
+        own_words = str(error).partition("Original Traceback")[0]  # behind it comes a loader worker's
+        words = " ".join(own_words.split())[:MAX_WORDS] or type(error).__name__
         self._give_order(f"rank {self.rank} failed at step {self.step}: {words}")
 
     def explain(self, cause: str) -> str:

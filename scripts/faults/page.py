@@ -1,6 +1,7 @@
 """The table of a campaign, in docs/benchmarks/faults.json and in docs/reliability.md."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def saved_rows() -> list[dict[str, Any]]:
 
 def save_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows, and the table into the page."""
-    write_text_atomically(RAW, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    write_text_atomically(RAW, re.sub(r"/[^\s\"]*/(site-packages|clipkit)/", r"\1/", text))  # folders of one machine
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     write_text_atomically(PAGE, f"{before}{BEGIN}\n{table(rows)}\n\n{END}{rest.partition(END)[2]}")
