@@ -95,9 +95,9 @@ def copy_whole(whole: Tensor, into: Any) -> None:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather tensors whole, on all processes. All processes call it."""
+    """Gather copies of tensors, whole, on all processes. All processes call it."""
     gathered: dict[str, Any] = dict(tensors)
-    return {name: tensor.full_tensor() if is_sharded(tensor) else tensor for name, tensor in gathered.items()}
+    return {name: tensor.full_tensor() if is_sharded(tensor) else tensor.detach().clone() for name, tensor in gathered.items()}
 
 
 def average_scalars(parameters: Sequence[nn.Parameter]) -> None:
