@@ -142,8 +142,9 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         finished = start == plan.total_steps
         log.say(f"finished  {saved.path} is the last" if finished else f"goes on   at step {start:,}, from {saved.path}")
     parallel = make_parallel(model, process, compile=False, strategy=config.parallel.strategy)
+    writer = cleanup.enter_context(contextlib.closing(BackgroundWriter())) if config.checkpoint.asynchronous else None
     return Training(config, process, model, parallel, plain, optimizer, start_weights, average, loader, plan, all_shards,
-                    BackgroundWriter() if config.checkpoint.asynchronous else None, StepTimer(), log, run_dir), start
+                    writer, StepTimer(), log, run_dir), start
 
 
 def train(t: Training, start: int) -> int | None:

@@ -10,6 +10,9 @@ from torch import Tensor
 from clipkit.training.distributed import gather_objects
 
 
+LAST_WAIT_SECONDS = 5.0
+
+
 class BackgroundWriter:
     """Runs work beside the training of all processes. All processes make it, start and wait together.
 
@@ -48,6 +51,11 @@ class BackgroundWriter:
         for one in gather_objects(error):
             if one is not None:
                 raise one
+
+    def close(self) -> None:
+        """Let this process's work end, after an error too; where others may be gone, for a few seconds only."""
+        if self._thread is not None:
+            self._thread.join(None if self.group is None else LAST_WAIT_SECONDS)
 
 
 def copies_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
