@@ -9,7 +9,6 @@ from torch import Tensor
 
 from clipkit.training.distributed import gather_objects
 
-
 LAST_WAIT_SECONDS = 5.0
 
 
