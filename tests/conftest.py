@@ -106,6 +106,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+@pytest.fixture
+def start(tiny_model, tmp_path) -> str:
+    """A model folder that fine-tuning starts from."""
+    from clipkit.model.folder import save_model_folder
+
+    save_model_folder(tiny_model, tmp_path / "start")
+    return str(tmp_path / "start")
+
+
 def settings(*arguments: str, config_dir=None, model=None):
     """The settings of `clipkit pretrain [--config-dir ... model=...] <arguments>`, composed as the command does."""
     from clipkit.commands.pretrain import IMPLIED

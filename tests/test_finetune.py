@@ -32,12 +32,6 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def start(tiny_model, tmp_path):
-    save_model_folder(tiny_model, tmp_path / "start")
-    return str(tmp_path / "start")
-
-
 def run(shards: str, start: str, *more: str) -> int | None:
     return pretrain(settings(*only_last((*SMALL, f"data.train={shards}", f"model.start={start}", *more))))
 
