@@ -19,7 +19,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def command_lines() -> list[str]:
-    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.replace("\\\n", "").splitlines()]
     return list(dict.fromkeys(line for line in lines if line.strip()))
 
 
@@ -84,13 +84,20 @@ def test_the_loss_shown_is_the_loss_used():
 
 @pytest.mark.parametrize("line", command_lines())
 def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
-    """`make` targets exist; `clipkit` and `torchrun ... -m clipkit` lines compose."""
+    """`make` targets and scripts exist; `clipkit` and `torchrun ... -m clipkit` lines compose."""
     words = shlex.split(line, comments=True)
+    if words[0] == "export":
+        return
+    if words[0] == "sbatch":
+        assert [(ROOT / word).is_file() for word in words if word.startswith("scripts/")] == [True]
+        return
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
         return
     arguments = words[words.index("clipkit") + 1:]
+    if "hydra/launcher=submitit_slurm" in arguments:
+        arguments.remove("-m")  # composed as one job: a sweep asks for srun
     command = "/".join([arguments.pop(0), arguments.pop(0)]) if arguments[0] in ("shards", "diffusion") else arguments.pop(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["clipkit"])
