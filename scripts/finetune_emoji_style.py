@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", help="further settings of clipkit pretrain")
     given = parser.parse_args(arguments)
     rest = write_sets(given.out, num=given.num, seed=given.seed)
-    pretrain.main([*SETTINGS, f"model.start={given.start}", f"data.train=[emoji,{given.out}/train/shard-0.tar]",
-                   f"seed={given.seed}", f"name=emojitwo_{given.seed}", "evaluation.tasks=[]",
-                   f"evaluation.final_tasks=[{rest},emoji_val,emoji_test_concept]", *given.settings])
+    settings = [*SETTINGS, f"model.start={given.start}", f"data.train=[emoji,{given.out}/train/shard-0.tar]",
+                f"seed={given.seed}", f"name=emojitwo_{given.seed}", "evaluation.tasks=[]",
+                f"evaluation.final_tasks=[{rest},emoji_val,emoji_test_concept]", *given.settings]
+    pretrain.main(list({line.partition("=")[0]: line for line in settings}.values()))  # the last of a key is the one
 
 
 def write_sets(out: Path, *, num: int, seed: int) -> Path:

@@ -209,7 +209,7 @@ def test_a_start_brings_its_architecture_past_what_the_data_imply():
 @pytest.mark.parametrize(("given", "message"), [
     (("model.start=runs/a", "model.name=RN50"), r"model\.start is 'runs/a', which brings its architecture, and model\.name is "
                                                 r"'RN50'; leave one of them out"),
-    (("model.start=runs/a", "model.image_size=64"), r"model\.image_size is 64; leave one"),
+    (("model.start=runs/a", "model.patch_dropout=0.5"), r"model\.patch_dropout is 0\.5; leave one"),
     (("optim.towards_start=0.1",), r"towards_start is 0\.1, but the run starts from random weights; give model\.start"),
     (("model.start=runs/a", "optim.towards_start=500", "optim.lr=1e-2"), r"towards_start is 500, times the learning rate 5; "
                                                                          r"above 1 .* past the start: give at most 100"),

@@ -15,7 +15,7 @@ class ModelConfig:
     pretrained: str | None = setting("open_clip tag or weights file to start from; null = random weights")
     config: dict[str, Any] | None = setting("open_clip-style model_cfg, in the place of a name; text_cfg.kind: cbow allowed")
     image_weights: str | None = setting("weights file of the timm image tower alone (package:<name> finds an installed one)")
-    image_size: int | None = setting("pixels a side; null = the architecture's own", positive)
+    image_size: int | None = setting("pixels a side; null = the architecture's or the start's own", positive)
     patch_dropout: float | None = setting("share of image patches left out in training (FLIP); null = the architecture's",
                                           fraction)
     lock_image: bool = setting("freeze the image tower (LiT)")
@@ -46,7 +46,7 @@ class ModelConfig:
                              "stay; give model.start=... or model.pretrained=..., or model.lora_rank=null")
 
     def _check_alone(self) -> None:
-        for key in ("name", "config", "image_weights", "image_size", "patch_dropout"):
+        for key in ("name", "config", "image_weights", "patch_dropout"):
             if getattr(self, key) is not None:
                 raise ValueError(f"model.start is {self.start!r}, which brings its architecture, and model.{key} is "
                                  f"{getattr(self, key)!r}; leave one of them out")

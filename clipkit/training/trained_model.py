@@ -6,6 +6,7 @@ from clipkit.config.pretrain import PretrainConfig
 from clipkit.model.attention import fuse_attention
 from clipkit.model.build import build_model, lock_towers
 from clipkit.model.image_text import ImageTextModel, has_batch_statistics
+from clipkit.model.resolution import at_image_size
 from clipkit.training.finetune import freeze_norms, levels_below_top, load_start
 from clipkit.training.lora import add_lora
 
@@ -19,6 +20,7 @@ def make_model(config: PretrainConfig) -> ImageTextModel:
     settings = config.model
     if settings.start:
         model = load_start(settings.start, settings.pretrained, loss=config.loss.name)
+        model = at_image_size(model, settings.image_size or model.image_size)
     else:
         model = build_model(settings.name, config=settings.config, pretrained=settings.pretrained,
                             image_weights=settings.image_weights, image_size=settings.image_size,
