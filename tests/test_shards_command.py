@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
 from clipkit.data.check import SetReport, check_sample, report_lines
 from clipkit.data.shards import BadSample, RawSample, count_samples, expand_shards, read_shard
 from clipkit.data.write import ShardWriter
+from clipkit.evaluation.tasks import load_task
 
 CAPTION = 'number {}: "quoted",\nsecond line, é 日本'
 
@@ -44,7 +46,7 @@ def write(source: Path, out: Path, **changes: Any) -> None:
     settings: dict[str, Any] = {
         "source": str(source), "out": str(out), "image_column": None, "caption_column": None, "image_root": None,
         "samples_per_shard": 10, "shuffle_seed": 0, "image_size": None, "max_pixels": 10_000, "max_bad_fraction": 0.2,
-        "overwrite": False}
+        "overwrite": False, "test_fraction": None}
     write_shards(ShardsWriteConfig(**(settings | changes)))
 
 
@@ -122,7 +124,7 @@ def test_pictures_that_clip_benchmark_does_not_read_become_png_in_a_labelled_set
         (tmp_path / "animals" / name / f"0.{kind.lower()}").write_bytes(picture(0, kind=kind))
     write(tmp_path / "animals", tmp_path / "set")
     with tarfile.open(tmp_path / "set/test/0.tar") as archive:
-        assert {Path(name).suffix for name in archive.getnames()} == {".png", ".cls"}
+        assert {Path(name).suffix for name in archive.getnames()} == {".png", ".cls", ".json"}
     bmp = next(item for item in read_shard(str(tmp_path / "set/test/0.tar")) if isinstance(item, RawSample))
     with Image.open(io.BytesIO(bmp.image or b"")) as found, Image.open(io.BytesIO(picture(0))) as wanted:
         assert np.array_equal(np.array(found), np.array(wanted))
@@ -143,6 +145,51 @@ def test_a_labelled_folder_becomes_a_clip_benchmark_set(tmp_path: Path, capsys: 
     assert f"clipkit shards check data='{out}/test/*.tar'" in capsys.readouterr().out
     assert check(str(out / "test/0.tar")) == 0
     assert "classes             2, 1 to 2 samples each" in capsys.readouterr().out
+
+
+def labelled_folder(folder: Path, **sizes: int) -> Path:
+    for name, number in sizes.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(number):
+            (folder / name / f"{index}.png").write_bytes(picture(index))
+    return folder
+
+
+def test_a_labelled_folder_is_divided_class_by_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, folder = tmp_path / "set", labelled_folder(tmp_path / "pets", cat=10, big_dog=5, newt=2)
+    write(folder, out, test_fraction=0.2, samples_per_shard=20)
+    found = {split: [item for item in read_shard(str(out / split / "0.tar")) if isinstance(item, RawSample)]
+             for split in ("train", "test")}
+    counts = {split: Counter(json.loads(item.json or b"{}")["label"] for item in items) for split, items in found.items()}
+    assert counts == {"train": {"cat": 8, "big dog": 4, "newt": 1}, "test": {"cat": 2, "big dog": 1, "newt": 1}}
+    names = (out / "classnames.txt").read_text().splitlines()
+    assert all(names[int(item.label or b"")] == json.loads(item.json or b"{}")["label"] for item in found["train"])
+    assert [item.label for item in found["train"]] != sorted(item.label or b"" for item in found["train"])  # mixed
+    shown = capsys.readouterr().out
+    assert "experiment=finetune_labels" in shown and f"data.train='{out}/train/*.tar'" in shown
+    task = load_task(str(out))
+    assert task.classes == ("big dog", "cat", "newt") and task.train is not None
+
+    first = (out / "train/0.tar").read_bytes()
+    write(folder, out, test_fraction=0.2, samples_per_shard=20, overwrite=True)
+    assert (out / "train/0.tar").read_bytes() == first  # by seed
+    with pytest.raises(ValueError, match="holds 1 shards already"):
+        write(folder, out, test_fraction=0.2, samples_per_shard=20)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"cat": 3, "dog": 1}, r"1 of 2 classes have one picture \(dog\), which cannot be in both train and test: add pictures"),
+    ({}, "test_fraction is 0.5, and the source is a captioned folder; it divides labelled folders: leave it out"),
+])
+def test_a_folder_that_cannot_be_divided_is_answered_in_one_line(tmp_path: Path, sizes: dict, message: str) -> None:
+    folder = labelled_folder(tmp_path / "pets", **sizes)
+    if not sizes:
+        folder.mkdir()
+        (folder / "a.png").write_bytes(picture(0))
+        (folder / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=message) as caught:
+        write(folder, tmp_path / "set", test_fraction=0.5)
+    assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
 
 
 def test_image_size_shrinks_larger_pictures_and_keeps_the_others(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipkit.config.launch import EXIT_BAD_INPUT, launch
 from clipkit.config.shards import ShardsCheckConfig, ShardsWriteConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipkit.data.write import ShardWriter
 
 CAPTIONED_SHARDS = "shard-{:06d}.tar"
-BENCHMARK_SPLIT, BENCHMARK_SHARDS = "test", "{}.tar"  # CLIP_benchmark's layout of a labelled set
+BENCHMARK_SHARDS = "{}.tar"  # in a folder of the split's name: CLIP_benchmark's layout of a labelled set
 BENCHMARK_SUFFIXES = ("jpg", "png", "webp")  # what CLIP_benchmark reads
 TEMPLATES = ("a photo of a {c}.", "an image of a {c}.", "{c}")
 BAD_FRACTION_AFTER = 100  # samples; a share of fewer says little, so it is judged at the end
@@ -52,7 +52,7 @@ def write_shards(config: ShardsWriteConfig) -> None:
     """
     print(f"clipkit shards write: looking at {config.source}", flush=True)
     from clipkit.data.check import BadCount
-    from clipkit.data.tables import open_source
+    from clipkit.data.tables import open_source, split_labelled
     from clipkit.data.write import ShardWriter, existing_shards, write_benchmark_files, write_sizes
 
     out = Path(config.out).expanduser()
@@ -60,27 +60,34 @@ def write_shards(config: ShardsWriteConfig) -> None:
                          caption_column=config.caption_column, shuffle_seed=config.shuffle_seed,
                          image_root=Path(config.image_root).expanduser() if config.image_root else None)
     print(source.summary, flush=True)
-    folder, name = (out / BENCHMARK_SPLIT, BENCHMARK_SHARDS) if source.classnames else (out, CAPTIONED_SHARDS)
-    old = existing_shards(folder, name)
-    if old and not config.overwrite:
-        raise ValueError(f"{folder} holds {len(old)} shards already; give another out=..., or overwrite=true to replace "
-                         "them")
+    name = BENCHMARK_SHARDS if source.classnames else CAPTIONED_SHARDS
+    if config.test_fraction:
+        splits: dict[str, Any] = split_labelled(source, test_fraction=config.test_fraction, seed=config.shuffle_seed)
+    else:
+        splits = {"test" if source.classnames else "": source.records}
+    for split in splits:
+        old = existing_shards(out / split, name)
+        if old and not config.overwrite:
+            raise ValueError(f"{out / split} holds {len(old)} shards already; give another out=..., or overwrite=true to "
+                             "replace them")
     bad = BadCount()
-    try:
-        with ShardWriter(folder, samples_per_shard=config.samples_per_shard, name=name) as writer:
-            write_samples(source.records, source.num_records, writer, bad, config)
-        if source.classnames:
-            write_benchmark_files(out, BENCHMARK_SPLIT, source.classnames, TEMPLATES, len(writer.sizes))
-        else:
-            write_sizes(out, writer.sizes)
-    except OSError as error:
-        from clipkit.training.atomic_files import one_line_os_error
+    for split, records in splits.items():
+        folder = out / split
+        try:
+            with ShardWriter(folder, samples_per_shard=config.samples_per_shard, name=name) as writer:
+                write_samples(records, len(records) if len(splits) > 1 else source.num_records, writer, bad, config)
+            if source.classnames:
+                write_benchmark_files(out, split, source.classnames, TEMPLATES, len(writer.sizes))
+            else:
+                write_sizes(out, writer.sizes)
+        except OSError as error:
+            from clipkit.training.atomic_files import one_line_os_error
 
-        raise one_line_os_error(error, folder) from error
-    print(f"wrote {folder}: samples {writer.num_samples:,}, shards {len(writer.sizes):,}, {writer.num_bytes / 1e6:,.1f} MB")
+            raise one_line_os_error(error, folder) from error
+        print(f"wrote {folder}: samples {writer.num_samples:,}, shards {len(writer.sizes):,}, {writer.num_bytes / 1e6:,.1f} MB")
     if bad.total:
         print("\n".join([f"left out as bad: {bad.total:,}", *bad.lines()]))
-    print("\n".join(["next:", *(f"  {line}" for line in next_commands(out, list(writer.sizes), source.classnames))]))
+    print("\n".join(["next:", *(f"  {line}" for line in next_commands(out, list(writer.sizes), list(splits)))]))
 
 
 def write_samples(records: "Iterable[Record]", num_records: int, writer: "ShardWriter", bad: "BadCount",
@@ -128,17 +135,22 @@ def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, byt
     suffix, picture = picture_member(read_picture(record), image_size=config.image_size, max_pixels=config.max_pixels,
                                      only=BENCHMARK_SUFFIXES if record.label is not None else None)
     if record.label is not None:
-        return {suffix: picture, "cls": str(record.label).encode()}
+        about = json.dumps(dict(record.fields), ensure_ascii=False).encode("utf-8", "replace")
+        return {suffix: picture, "cls": str(record.label).encode(), "json": about}
     members = {suffix: picture, "txt": captions[0].encode("utf-8", "replace")}
     fields = {**record.fields, **({"captions": captions} if len(captions) > 1 else {})}
     return members | ({"json": json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")} if fields else {})
 
 
-def next_commands(out: Path, shards: Sequence[str], classnames: Sequence[str]) -> list[str]:
+def next_commands(out: Path, shards: Sequence[str], splits: Sequence[str]) -> list[str]:
     """The command lines to try with the shards just written."""
-    if classnames:
-        return [f"clipkit shards check data={shlex.quote(f'{out}/test/*.tar')}",
-                f"clipkit zero-shot model=ViT-B-32 pretrained=openai task={shlex.quote(str(out))}"]
+    if splits != [""]:
+        lines = [f"clipkit shards check data={shlex.quote(f'{out}/test/*.tar')}",
+                 f"clipkit zero-shot model=ViT-B-32 pretrained=openai task={shlex.quote(str(out))}"]
+        tune = (f"clipkit pretrain experiment=finetune_labels model=ViT-B-32 model.pretrained=openai "
+                f"data.train={shlex.quote(f'{out}/train/*.tar')} evaluation.final_tasks={shlex.quote(f'[{out},emoji_val]')} "
+                f"name={shlex.quote(out.resolve().name)}")
+        return [*lines, tune] if "train" in splits else lines
     first, last = (name.removeprefix("shard-").removesuffix(".tar") for name in (shards[0], shards[-1]))
     number = first if first == last else f"{{{first}..{last}}}"
     pattern = shlex.quote(f"{out}/shard-{number}.tar")

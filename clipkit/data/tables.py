@@ -19,6 +19,7 @@ IMAGE_COLUMNS = ("filepath", "file_path", "path", "image_path", "img_path", "ima
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "description", "alt_text", "alt", "sentence", "prompt", "label")
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv")
 SNIFFED_BYTES = 65536
+NAMES_SHOWN = 5  # in messages
 EXPECTED = ("expected: images with a .txt caption of the same name beside each, or one sub-folder of images for each "
             "class, or a .csv, .tsv or .parquet table")
 
@@ -155,9 +156,45 @@ def _open_folder(folder: Path) -> Source:
                          f"neither captioned nor labelled; {EXPECTED}")
     classes = sorted({image.parent.name for image in images})
     number = {name: index for index, name in enumerate(classes)}
-    records = [Record(str(image.relative_to(folder)), image, None, number[image.parent.name]) for image in images]
-    return Source(f"labelled folder: {len(images)} images in {len(classes)} classes", records, len(images),
-                  tuple(name.replace("_", " ") for name in classes))
+    names = tuple(name.replace("_", " ") for name in classes)
+    records = [Record(str(image.relative_to(folder)), image, None, label, {"label": names[label]}) for image in images
+               for label in [number[image.parent.name]]]
+    return Source(f"labelled folder: {len(images)} images in {len(classes)} classes", records, len(images), names)
+
+
+def split_labelled(source: Source, *, test_fraction: float, seed: int | None) -> dict[str, list[Record]]:
+    """Divide a labelled folder: of each class a share for the test split, at least one picture, the rest for training.
+
+    Args:
+      source: A labelled folder.
+      test_fraction: The share.
+      seed: Of the choice, and of the order of the train split; None = 0.
+
+    Returns:
+      {"train": records, shuffled; "test": records, in the source's order}.
+
+    Raises:
+      ValueError: it is no labelled folder, or a class has one picture.
+    """
+    if not source.classnames:
+        raise ValueError(f"test_fraction is {test_fraction:g}, and the source is a {source.summary.split(':')[0]}; it divides "
+                         "labelled folders: leave it out")
+    of_class: dict[int, list[Record]] = {number: [] for number in range(len(source.classnames))}
+    for record in source.records:
+        of_class[record.label or 0].append(record)
+    alone = [source.classnames[number] for number, records in of_class.items() if len(records) == 1]
+    if alone:
+        more = ", ..." if len(alone) > NAMES_SHOWN else ""
+        raise ValueError(f"{len(alone)} of {len(of_class)} classes have one picture ({', '.join(alone[:NAMES_SHOWN])}{more}), "
+                         "which cannot be in both train and test: add pictures, take these classes out, or leave "
+                         "test_fraction out")
+    rng, chosen = random.Random(f"{seed or 0}/test split"), set()
+    for records in of_class.values():
+        num = min(len(records) - 1, max(1, round(test_fraction * len(records))))
+        chosen.update(record.name for record in rng.sample(records, num))
+    train = [record for record in source.records if record.name not in chosen]
+    rng.shuffle(train)
+    return {"train": train, "test": [record for record in source.records if record.name in chosen]}
 
 
 def _open_csv(path: Path, image_column: str | None, caption_column: str | None, root: Path) -> Source:
