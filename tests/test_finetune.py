@@ -14,7 +14,7 @@ from clipkit.config.model import as_start
 from clipkit.data.samples import SampleError, choose_caption
 from clipkit.evaluation.won_and_forgotten import compare_with_before
 from clipkit.model.build import build_model
-from clipkit.model.folder import save_model_folder
+from clipkit.model.folder import load_model, save_model_folder
 from clipkit.training.finetune import hold_statistics, learning_rate_scales, levels_below_top, pull_towards_start
 from clipkit.training.optim import make_optimizer, optimizer_step, set_learning_rate
 from clipkit.training.trained_model import make_model
@@ -45,7 +45,7 @@ def levels(config, beginnings) -> dict[str, set[int]]:
     return found
 
 
-TEXT = {"token_embedding": 2, "positional_embedding": 2, "transformer.resblocks.0.": 1, "ln_final": 0, "text_projection": 0,
+TEXT = {"token_embedding": 2, "positional_embedding": 2, "transformer.resblocks.0.": 1, "ln_final": 1, "text_projection": 0,
         "logit_scale": 0}
 
 
@@ -53,7 +53,7 @@ TEXT = {"token_embedding": 2, "positional_embedding": 2, "transformer.resblocks.
     ({**TINY, "vision_cfg": {**TINY["vision_cfg"], "layers": 3}},
      {"visual.class_embedding": 4, "visual.positional_embedding": 4, "visual.conv1": 4, "visual.ln_pre": 4,
       "visual.transformer.resblocks.0.": 3, "visual.transformer.resblocks.1.": 2, "visual.transformer.resblocks.2.": 1,
-      "visual.ln_post": 0, "visual.proj": 0, **TEXT}),
+      "visual.ln_post": 1, "visual.proj": 0, **TEXT}),
     ({**TINY, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}},
      {"visual.conv1": 5, "visual.conv2": 5, "visual.conv3": 5, "visual.bn1": 5, "visual.bn2": 5, "visual.bn3": 5,
       "visual.layer1.": 4, "visual.layer2.": 3, "visual.layer3.": 2, "visual.layer4.": 1, "visual.attnpool.": 0, **TEXT}),
@@ -61,7 +61,7 @@ TEXT = {"token_embedding": 2, "positional_embedding": 2, "transformer.resblocks.
               "visual.trunk.layer3.0.": 2, "visual.trunk.layer4.0.": 1, "visual.head.": 0, **TEXT}),
     ({**TINY, "text_cfg": {**TINY["text_cfg"], "kind": "cbow"}},
      {"visual.class_embedding": 2, "visual.positional_embedding": 2, "visual.conv1": 2, "visual.ln_pre": 2,
-      "visual.transformer.resblocks.0.": 1, "visual.ln_post": 0, "visual.proj": 0, "text.token_embedding": 1, "text.ln": 0,
+      "visual.transformer.resblocks.0.": 1, "visual.ln_post": 1, "visual.proj": 0, "text.token_embedding": 1, "text.ln": 0,
       "text.mlp": 0, "text.text_projection": 0, "logit_scale": 0}),
 ], ids=["vit", "open_clip-resnet", "timm-resnet", "cbow"])
 def test_layers_count_down_from_the_projection_to_the_embeddings(config, expected):
@@ -148,6 +148,16 @@ def test_fine_tuning_tells_what_was_won_and_forgotten(shards, start, tmp_path, c
         assert float(row["ci_low"]) <= float(row["difference"]) <= float(row["ci_high"])
         assert (int(row["won"]) - int(row["forgotten"])) / int(row["n"]) == pytest.approx(float(row["difference"]))
     assert json.loads((tmp_path / "runs" / "tuned" / "start.json").read_text())["start"] == start
+
+
+def test_before_is_the_start_at_its_own_image_size(shards, start, tmp_path):
+    from clipkit.evaluation.zero_shot import evaluate
+
+    assert run(shards, start, f"evaluation.final_tasks=[{shards}]", "model.image_size=48") is None
+    found = {row["metric"]: float(row["value"]) for row in read_csv(tmp_path / "runs/tuned/zero_shot/before/results.csv")}
+    wanted = {result.metric: result.value for result in evaluate(load_model(start), [shards])}
+    assert wanted.items() <= found.items()
+    assert load_model(tmp_path / "runs/tuned").image_size == 48
 
 
 def read_csv(path) -> list[dict[str, str]]:

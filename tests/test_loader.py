@@ -29,7 +29,8 @@ from tests.conftest import write_tar
 OFF: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(AugmentConfig)), 0.0)
 AUGMENT = AugmentConfig(**OFF | {"crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 1.33), "flip": 0.5, "zoom": (1.0, 1.0),
                                  "colour_jitter": (0.0, 0.0, 0.0, 0.0)})
-DATA = DataConfig(train=("x",), weights=None, caption_fields=None, caption_weights=None, lanes=None, block_samples=8,
+DATA = DataConfig(train=("x",), weights=None, caption_fields=None, caption_weights=None, class_names=None, templates=None,
+                  lanes=None, block_samples=8,
                   resampled=False, decode="exact", max_pixels=10**6, max_bad_fraction=0.05, max_bad_shards_fraction=0.5,
                   allow_pipe=False, workers=0, retries=2, timeout_seconds=10.0, shard_cache_gb=None, cache_dir=None,
                   augment=AUGMENT)
@@ -93,7 +94,7 @@ ORDERS = [{}, {"weights": (1.0, 2.0)}, {"resampled": True}, {"weights": (1.0, 2.
 def test_batches_are_the_lanes_in_order_each_with_its_own_samples(sources, changes):
     given = steps([make(sources, rows=8, **changes)], 12)
     assert (given[0][0].shape, given[0][0].dtype) == ((8, 3, 6, 6), torch.uint8)
-    assert [column.dtype for column in given[0]] == [torch.uint8, torch.int32, torch.int64]
+    assert [column.dtype for column in given[0]] == [torch.uint8, torch.int32, torch.int64, torch.int64]
     assert given[0][0].is_contiguous(memory_format=torch.channels_last)
     rows: list[list[Example]] = []
     for number in range(4):
@@ -106,7 +107,7 @@ def test_batches_are_the_lanes_in_order_each_with_its_own_samples(sources, chang
                 examples.append(make_example(raw, image_size=6, config=AUGMENT, group_by="concept", max_pixels=10**6,
                                              rng=random.Random(f"4/{number}/{position}")))
         rows.append(examples)
-    for step, (images, tokens, groups) in enumerate(given):
+    for step, (images, tokens, groups, _) in enumerate(given):
         expected = [example for lane in rows for example in lane[2 * step:2 * step + 2]]
         assert torch.equal(images, torch.stack([example.image for example in expected]))
         assert torch.equal(tokens, tokenize([example.caption for example in expected]))

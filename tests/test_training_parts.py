@@ -123,3 +123,18 @@ def test_a_plan_counts_steps_and_refuses_what_cannot_be_counted():
         make_plan(config.train, config.schedule, num_samples=None, lanes=4)
     with pytest.raises(ValueError, match="10 samples, fewer than one batch"):
         make_plan(config.train, config.schedule, num_samples=10, lanes=4)
+
+
+@pytest.mark.parametrize(("has_units", "chosen"), [(True, "amp_bf16"), (False, "fp32")])
+def test_automatic_precision_is_bfloat16_only_where_the_device_has_units_for_it(has_units, chosen, monkeypatch):
+    from clipkit.training import precision
+
+    config = settings("data.train=x.tar", "name=x")
+    assert config.train.precision == "auto"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert precision.with_precision(config, torch.device("cpu")).train.precision == chosen
+    assert precision.with_precision(config, None).train.precision == "amp_bf16"
+    assert precision.with_precision(config, torch.device("mps")).train.precision == "fp32"
+    given = settings("data.train=x.tar", "name=x", "train.precision=amp_bf16")
+    assert precision.with_precision(given, torch.device("cpu")) is given

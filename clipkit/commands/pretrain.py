@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,8 @@ class Training(NamedTuple):
     optimizer: Any
     start_weights: list[Any]  # of what learns, in the optimizer's order; empty where nothing pulls back to them
     average: Any  # training.average.WeightAverage | None
+    validation: Any  # evaluation.validation.Validation | None
+    teacher: Any  # training.teacher.Teacher | None
     loader: Any  # data.loader.TrainLoader
     plan: Any  # training.plan.Plan
     shards: list[str]
@@ -84,14 +85,18 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     Returns:
       What the loop works with, and the step to begin at.
     """
+    from clipkit.data.captions import with_captions
     from clipkit.data.loader import default_workers, make_train_loader
     from clipkit.data.samples import PictureExamples
+    from clipkit.evaluation.teacher_features import load_teacher
+    from clipkit.evaluation.validation import open_validation
     from clipkit.training.average import WeightAverage
     from clipkit.training.background import BackgroundWriter
     from clipkit.training.estimate import estimate_step
     from clipkit.training.finetune import keep_start, learned_parameters, make_tower_optimizer
     from clipkit.training.parallel import make_parallel, spread_weights
     from clipkit.training.plan import plan_run, summary
+    from clipkit.training.precision import with_precision
     from clipkit.training.random_state import seed_all
     from clipkit.training.resume import check_shards, open_run, take_up
     from clipkit.training.run_folder import check_run_name
@@ -100,16 +105,19 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
     from clipkit.training.threads import settle_threads
     from clipkit.training.trained_model import make_model
 
-    data, size = config.data, config.train.global_batch_size
-    shards, all_shards, plan = plan_run(data, config.train, config.schedule, world_size=process.world_size)
+    config = with_precision(config, process.device)
+    data, size = with_captions(config.data), config.train.global_batch_size
+    shards, all_shards, plan = plan_run(data, config.train, config.schedule, world_size=process.world_size,
+                                        set_aside=config.train.validation_fraction or 0)
     name = check_run_name(config.name or "emoji")
     run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process,
                           mirror=config.checkpoint.mirror)
     if run:
         cleanup.callback(run.close)  # its lock
 
-    seed_all(config.seed)  # the same weights on every process
     run_dir = Path(config.runs_dir) / name
+    teacher = load_teacher(config.distill, data, all_shards, run_dir=run_dir, process=process)
+    seed_all(config.seed)  # the same weights on every process
     model = make_model(config).to(process.device)
     if config.model.start:
         keep_start(run_dir, config.model.start, model.source_sha256, is_main=process.is_main)
@@ -128,12 +136,16 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         check_shards(saved, all_shards)
         take_up(saved, model=model, optimizer=optimizer, average=average, process=process)
     start = saved.step if saved else 0
+    validation = (open_validation(config, data, run_dir, all_shards, process, step=start)
+                  if config.train.validation_fraction else None)
     position = saved.state["loader"] if saved and not config.train.overfit_batches else None
     loader = make_train_loader(
         data, shards=shards, lanes=plan.lanes, tokenize=model.tokenize,
-        examples=PictureExamples(data=data, image_size=model.image_size, group_by=config.loss.mask_false_negatives),
+        examples=PictureExamples(data=data, image_size=model.image_size, group_by=config.loss.mask_false_negatives,
+                                 for_teacher=teacher is not None),
         seed=config.seed, global_batch_size=size, rank=process.rank, world_size=process.world_size,
-        local_world_size=process.local_world_size, pin_memory=process.device.type == "cuda", state=position)
+        local_world_size=process.local_world_size, pin_memory=process.device.type == "cuda", state=position,
+        leave_out=validation.split.holds_out if validation else None)
     log = cleanup.enter_context(RunLog(run_dir, total_steps=plan.total_steps, resume_step=start, to=config.log.to,
                                        config=dataclasses.asdict(config), is_main=process.is_main))
     log.say(summary(model, plan, cost, train=config.train, schedule=config.schedule, lr=config.optim.lr, shards=shards,
@@ -143,13 +155,14 @@ def prepare(config: PretrainConfig, process: Any, cleanup: contextlib.ExitStack)
         log.say(f"finished  {saved.path} is the last" if finished else f"goes on   at step {start:,}, from {saved.path}")
     parallel = make_parallel(model, process, compile=False, strategy=config.parallel.strategy)
     writer = cleanup.enter_context(contextlib.closing(BackgroundWriter())) if config.checkpoint.asynchronous else None
-    return Training(config, process, model, parallel, plain, optimizer, start_weights, average, loader, plan, all_shards,
-                    writer, StepTimer(), log, run_dir), start
+    return Training(config, process, model, parallel, plain, optimizer, start_weights, average, validation, teacher, loader,
+                    plan, all_shards, writer, StepTimer(), log, run_dir), start
 
 
 def train(t: Training, start: int) -> int | None:
     """Run the steps from `start` to the end of the plan. Legend: B batch (this process), L tokens, D embed_dim."""
     from clipkit.losses import make_loss
+    from clipkit.training.device_batches import device_batches
     from clipkit.training.due import Timetable
     from clipkit.training.finetune import hold_statistics, learned_parameters, pull_towards_start
     from clipkit.training.gradient_cache import cached_backward
@@ -174,19 +187,24 @@ def train(t: Training, start: int) -> int | None:
                           watchdog=t.process.watchdog)
     watch = Watch(log=log, timer=t.timer, plan=plan, start=start, lr=config.optim.lr, masked=masked,
                   workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode,
-                  chance_loss=math.log(plan.global_batch_size) if config.loss.name == "clip" else None)
+                  chance_loss=math.log(plan.global_batch_size) if config.loss.name == "clip" and not t.teacher else None)
+    if t.validation and t.validation.is_over:
+        return None
     if start == 0:
         measure_before(t)
         evaluate_and_log(t, 0)
     t.parallel.train()
     if config.optim.frozen_norms or config.model.lora_rank:
         hold_statistics(t.model)
+    batches = device_batches(t.loader, t.process.device, only=config.train.overfit_batches, host_tokens=t.model.trims_text,
+                             channels_last=config.train.channels_last)
     with StopRequest() as stop, contextlib.closing(t.loader):
-        for step, batch in zip(range(start, plan.total_steps), t.timer.batches(device_batches(t)), strict=False):
+        for step, batch in zip(range(start, plan.total_steps), t.timer.batches(batches), strict=False):
             lr = learning_rate(step, name=config.schedule.name, peak=config.optim.lr, warmup=plan.warmup_steps,
                                total_steps=plan.total_steps, cooldown=config.schedule.cooldown)
             set_learning_rate(t.optimizer, lr)
             loss_of = partial(loss_function, group_ids=batch.group_ids if masked else None)
+            loss_of = t.teacher.beside(loss_of, batch.teacher_ids) if t.teacher else loss_of
             if config.train.micro_batch_size:
                 features, loss = cached_backward(t.parallel, batch.images, batch.tokens, loss=loss_of, autocast=forward_context,
                                                  micro_batch_size=config.train.micro_batch_size)
@@ -203,7 +221,7 @@ def train(t: Training, start: int) -> int | None:
             t.model.clamp_logit_scale()
             if t.average:
                 t.average.update(step)
-            meter.add(loss, grad_norm, skipped)
+            meter.add(loss, grad_norm, skipped, t.teacher.terms if t.teacher else None)
 
             done = step + 1
             due = timetable.after(done, stop=stop.wanted)
@@ -213,25 +231,16 @@ def train(t: Training, start: int) -> int | None:
             with t.timer.paused():
                 if due.evaluation:
                     evaluate_and_log(t, done)
-                if due.checkpoint:
+                found = validate(t, done, loss_function) if due.evaluation or done == plan.total_steps else None
+                if due.checkpoint or (found and found.wants_checkpoint):
                     save(t, done)
+            if found and found.is_over:
+                log.say(f"ended     at step {done:,}: no lower validation loss since step {t.validation.best_step:,}")
+                return None
             if due.stop:
                 log.say(f"stopped at step {done:,}; run the same command again to go on")
                 return EXIT_STOPPED
     return None
-
-
-def device_batches(t: Training) -> Iterator[Any]:
-    """This process's batches on its device, without end; `train.overfit_batches` repeats the first few.
-
-    Tokens that are to be trimmed stay on the host, which reads their lengths.
-    """
-    num = t.config.train.overfit_batches
-    for batch in cycle(list(islice(t.loader, num))) if num else t.loader:
-        on_device = type(batch)(*(tensor.to(t.process.device, non_blocking=True) for tensor in batch))
-        yield on_device._replace(
-            images=on_device.images if t.config.train.channels_last else on_device.images.contiguous(),
-            tokens=batch.tokens if t.model.trims_text else on_device.tokens)
 
 
 def evaluate_and_log(t: Training, step: int) -> None:
@@ -246,16 +255,29 @@ def evaluate_and_log(t: Training, step: int) -> None:
         t.log.evaluation(step, map(dataclasses.asdict, results))
 
 
-def measure_before(t: Training) -> None:
-    """Keep what the model that fine-tuning starts from answers: `finish` compares."""
-    from clipkit.evaluation.won_and_forgotten import measure_start
+def validate(t: Training, step: int, loss_function: Any) -> Any:
+    """Measure the model on the pairs that are set aside, where there are some; return what follows from it."""
     from clipkit.training.parallel import whole_model
 
-    settings, start = t.config.evaluation, t.config.model.start
+    if t.validation is None:
+        return None
+    with whole_model(t.model, t.average, t.plain) as model:
+        verdict = t.validation.measure(model, step, loss_function, batch_size=t.plan.global_batch_size,
+                                       masked=t.config.loss.mask_false_negatives != "none")
+    t.log.evaluation(step, [verdict.record])
+    return verdict
+
+
+def measure_before(t: Training) -> None:
+    """Keep what the model that fine-tuning starts from answers, at its own image size: `finish` compares."""
+    from clipkit.evaluation.won_and_forgotten import measure_start
+    from clipkit.model.folder import load_model
+
+    settings, start, pretrained = t.config.evaluation, t.config.model.start, t.config.model.pretrained
     if start and settings.final_tasks:
-        with whole_model(t.model, None, t.plain) as model:
-            measure_start(model, settings.final_tasks, start, t.config.model.pretrained, folder=t.run_dir / "zero_shot",
-                          is_main=t.process.is_main, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
+        model = load_model(start, pretrained=pretrained, device=t.process.device)
+        measure_start(model, settings.final_tasks, start, pretrained, folder=t.run_dir / "zero_shot",
+                      is_main=t.process.is_main, batch_size=settings.batch_size, cache_dir=t.config.data.cache_dir)
 
 
 def save(t: Training, step: int) -> None:
@@ -263,7 +285,7 @@ def save(t: Training, step: int) -> None:
 
     save_run(t.run_dir, step, model=t.model, optimizer=t.optimizer, average=t.average, loader=t.loader, shards=t.shards,
              process=t.process, keep=t.config.checkpoint.keep, keep_every_steps=t.config.checkpoint.keep_every_steps,
-             writer=t.writer, mirror=t.config.checkpoint.mirror)
+             writer=t.writer, mirror=t.config.checkpoint.mirror, keeps_model=not t.validation or t.validation.keeps(step))
 
 
 def finish(t: Training) -> None:
@@ -276,6 +298,7 @@ def finish(t: Training) -> None:
     from clipkit.evaluation.won_and_forgotten import compare_with_before, measure_tasks, write_measured
     from clipkit.model.folder import load_model
     from clipkit.training.curves import plot_curves
+    from clipkit.training.run_log import closing_words
 
     settings, folder, cache_dir = t.config.evaluation, t.run_dir / "zero_shot", t.config.data.cache_dir
     model = load_model(t.run_dir / "model", device=t.process.device)  # what others will load is what is measured
@@ -288,7 +311,8 @@ def finish(t: Training) -> None:
         if not (folder / "results.csv").exists():  # else this is a look at a finished run
             t.log.evaluation(t.plan.total_steps, map(dataclasses.asdict, outcome.results))
         outcome = outcome._replace(results=outcome.results + emoji_pixel_baselines(settings.final_tasks))
-        provenance = Provenance(t.run_dir.name, None, "fp32", model.source_sha256, t.plan.total_steps, __version__)
+        step = t.validation.best_step if t.validation and t.validation.patience else t.plan.total_steps
+        provenance = Provenance(t.run_dir.name, None, "fp32", model.source_sha256, step, __version__)
         write_measured(folder, outcome, provenance)
         draw_contact_sheet(predict(model, settings.final_tasks[0], cache_dir=cache_dir), t.run_dir / "predictions.png",
                            title=f"{t.run_dir.name}: {settings.final_tasks[0]}, three nearest texts")
@@ -296,9 +320,4 @@ def finish(t: Training) -> None:
         if fine_tuned:
             print("\n" + compare_with_before(folder))
     plot_curves(t.run_dir)
-    sheet = f", {t.run_dir / 'predictions.png'}" if outcome.results else ""
-    print(f"\nmodel     {t.run_dir / 'model'} (open_clip: local-dir:{t.run_dir / 'model'})\n"
-          f"pictures  {t.run_dir / 'curves.png'}{sheet}\n"
-          f"next      tensorboard --logdir {t.run_dir}\n"
-          f"          python -c \"import clipkit, PIL.Image as P; m = clipkit.load_model('{t.run_dir}'); "
-          "print(clipkit.zero_shot_classifier(m, ['a cat', 'a dog'])([P.open('photo.png')]))\"")
+    print(closing_words(t.run_dir, with_sheet=bool(outcome.results)))

@@ -34,6 +34,10 @@ class DataConfig:
     caption_fields: tuple[str, ...] | None = setting("json fields that hold captions; null = captions, else the .txt")
     caption_weights: tuple[float, ...] | None = setting("how often each caption field is chosen; null = alike",
                                                         positive)
+    class_names: tuple[str, ...] | None = setting("names of the class numbers (.cls) in their order, or a .txt file with one a "
+                                                  "line; the json field label is then the name")
+    templates: tuple[str, ...] | None = setting("what caption fields are put into: openai80, openai7, a .txt file with one a "
+                                                "line, or texts that hold {}; null = nothing")
     lanes: int | None = setting("streams the order is made of; null = a power of two by the number of shards", positive)
     block_samples: int = setting("samples of a lane that are shuffled together", positive)
     resampled: bool = setting("draw shards with replacement")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from clipkit.config.checkpoint import PretrainCheckpointConfig
 from clipkit.config.data import DataConfig
+from clipkit.config.distill import DistillConfig
 from clipkit.config.evaluation import EvaluationConfig
 from clipkit.config.log import LogConfig
 from clipkit.config.loss import LossConfig
@@ -26,6 +27,7 @@ class PretrainConfig:
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
+    distill: DistillConfig
     optim: ContrastiveOptimConfig
     schedule: ScheduleConfig
     train: ContrastiveTrainConfig

@@ -24,7 +24,7 @@ from clipkit.data.lanes import Reader, check_lanes, shards_met, start_of_lane
 from clipkit.data.parts import UNREADABLE, LaneStreams, Part, empty_rows
 from clipkit.data.remote import remote_shards
 from clipkit.data.samples import Examples
-from clipkit.data.tars import BadSample, DataError, read_numbered
+from clipkit.data.tars import BadSample, DataError, RawSample, read_numbered
 
 if TYPE_CHECKING:
     from clipkit.config.data import DataConfig
@@ -47,7 +47,7 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
                       tokenize: Callable[[list[str]], Tensor], examples: Examples, seed: int,
                       global_batch_size: int, rank: int = 0, world_size: int = 1, local_world_size: int = 1,
                       pin_memory: bool = False, state: dict[str, Any] | None = None,
-                      read: Reader | None = None) -> "TrainLoader":
+                      read: Reader | None = None, leave_out: Callable[[RawSample], bool] | None = None) -> "TrainLoader":
     """Build the endless loader of one rank.
 
     Args:
@@ -62,6 +62,7 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
       pin_memory: give batches in page-locked memory.
       state: where to go on: merge_states() of what all ranks' loaders gave, from any number of ranks and workers.
       read: reads a shard; None = tars.read_numbered. Simulations give their own.
+      leave_out: says of a sample that it is not to be trained on; picklable. None = all are.
 
     Raises:
       ValueError: lanes do not fit, a source has no shards, or the state is of other lanes or sources.
@@ -90,7 +91,8 @@ def make_train_loader(data: "DataConfig", *, shards: Sequence[Sequence[str]], la
     remote = remote_shards(data)
     read = read or partial(read_numbered, allow_pipe=data.allow_pipe, with_npy=examples.reads_npy, remote=remote)
     streams = LaneStreams(data=data, shards=shards, num_lanes=lanes, tokenize=tokenize, examples=examples, read=read,
-                          fetch_ahead=remote.fetch_ahead, seed=seed, rows_per_lane=global_batch_size // lanes)
+                          fetch_ahead=remote.fetch_ahead, seed=seed, rows_per_lane=global_batch_size // lanes,
+                          leave_out=leave_out)
     return TrainLoader(streams, positions, workers=workers, pin_memory=pin_memory)
 
 
@@ -206,7 +208,7 @@ class TrainLoader:
 def _join(parts: Sequence[Part], pin_memory: bool) -> Batch:
     """One batch of the workers' rows, copied once; one worker's rows are the batch as they are."""
     if len(parts) == 1 and not pin_memory:
-        return Batch(parts[0].images, parts[0].tokens, parts[0].group_ids)
+        return Batch(parts[0].images, parts[0].tokens, parts[0].group_ids, parts[0].teacher_ids)
     columns = []
     for name in Batch._fields:
         pieces = [getattr(part, name) for part in parts]

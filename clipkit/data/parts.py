@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clipkit.config.data import DataConfig
 
 MAX_BAD_RUN = 1000  # bad samples in a row after which a lane judges their share without waiting for a batch
+MAX_LEFT_OUT_RUN = 1000  # samples in a row that are not to be trained on
 MAX_UNREADABLE_RUN = 5  # unreadable shards likewise: each may have taken minutes of retries
 UNREADABLE = "unreadable shard"
 
@@ -27,6 +28,7 @@ class Part(NamedTuple):
     images: Tensor  # (P, 3, H, W) uint8, channels last, or what `LaneStreams.examples` makes in its place
     tokens: Tensor  # (P, L) int32
     group_ids: Tensor  # (P,) int64
+    teacher_ids: Tensor  # (P, 2) int64, or (P, 0)
     positions: dict[str, dict[str, Any]]  # of each lane after these rows
     bad: dict[str, BadSample]  # by cause, the last one met on the way
     failure: str  # why a lane gave up, else ""; the rows are then not complete
@@ -51,6 +53,7 @@ class LaneStreams:
     fetch_ahead: Callable[[str], None]  # told the shard that a lane will read next
     seed: int
     rows_per_lane: int  # of each batch
+    leave_out: Callable[[RawSample], bool] | None = None  # samples that are not this run's to train on
 
     def parts(self, positions: dict[str, dict[str, Any]]) -> Iterator[Part]:
         """Endless parts of the given lanes, from the given positions; a part with a failure is the last."""
@@ -59,17 +62,18 @@ class LaneStreams:
         while not failure:
             num_rows = len(lanes) * self.rows_per_lane
             images = empty_rows(num_rows, self.examples.shape, self.examples.dtype)  # (P, 3, H, W)
-            captions, group_ids = [], []
+            captions, group_ids, teacher_ids = [], [], []
             try:
                 for row in range(num_rows):
                     example = next(lanes[row // self.rows_per_lane])
                     images[row] = example.image
                     captions.append(example.caption)
                     group_ids.append(example.group_id)
+                    teacher_ids.append(example.teacher_ids)
             except DataError as error:
                 failure = str(error)
             tokens = self.tokenize(captions) if captions else torch.zeros((0, 1), dtype=torch.int32)  # (P, L)
-            yield Part(images, tokens, torch.tensor(group_ids, dtype=torch.int64),
+            yield Part(images, tokens, torch.tensor(group_ids, dtype=torch.int64), torch.tensor(teacher_ids, dtype=torch.int64),
                        {str(lane.number): lane.state() for lane in lanes},
                        {cause: sample for lane in lanes for cause, sample in lane.take_bad().items()}, failure)
 
@@ -101,10 +105,15 @@ class GoodExamples:
         return taken
 
     def __next__(self) -> Example:
-        data, run, unreadable_run, begun = self.streams.data, 0, 0, self.lane.epochs
+        data, run, unreadable_run, left_out_run, begun = self.streams.data, 0, 0, 0, self.lane.epochs
         while True:
             rng = random.Random(f"{self.streams.seed}/{self.number}/{self.lane.position}")
             item = next(self.lane)
+            if self.streams.leave_out and isinstance(item, RawSample) and self.streams.leave_out(item):
+                left_out_run += 1
+                if left_out_run == MAX_LEFT_OUT_RUN:
+                    raise DataError(f"lane {self.number} finds only samples that are set aside; set data.lanes lower")
+                continue
             source = data.train[self.lane.last_source]
             self.drawn_by_source[source] += 1
             if isinstance(item, RawSample):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipkit.data.emoji.shards import default_cache_dir
 from clipkit.data.remote import remote_shards
-from clipkit.data.samples import Example, PictureExamples, SampleError, choose_caption, parse_json
+from clipkit.data.samples import Example, PictureExamples, SampleError, choose_caption, read_fields
 from clipkit.data.tars import BadSample, DataError, RawSample, read_shard
 from clipkit.diffusion.autoencoder import CONFIG_NAME, WEIGHTS_NAME, autoencoder_folder, to_pixel_values
 from clipkit.model.build import file_sha256
@@ -51,7 +51,8 @@ class LatentExamples:
     def __call__(self, raw: RawSample, rng: random.Random) -> Example | BadSample:
         """Read a sample; its caption is drawn first, then whether it is flipped, as for pictures."""
         try:
-            caption = choose_caption(raw.text, parse_json(raw.json), self.data.caption_fields, self.data.caption_weights, rng)
+            fields = read_fields(raw, self.data.class_names)
+            caption = choose_caption(raw.text, fields, self.data.caption_fields, self.data.caption_weights, rng)
             views = self._views(raw)  # (V, 2C, h, w)
         except SampleError as error:
             return BadSample(error.cause, raw.url, raw.key, error.detail)

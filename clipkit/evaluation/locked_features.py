@@ -1,13 +1,13 @@
 """What frozen encoders make of training data and of tasks: every picture and every caption, encoded once and kept."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipkit.data.samples import SampleError, group_id
+from clipkit.data.samples import SampleError, captions_by_field, group_id
 from clipkit.data.tars import RawSample
 from clipkit.evaluation.classification import accuracies
 from clipkit.evaluation.classifier import encode_prompts
@@ -123,17 +123,8 @@ def trunk_of(encoded: EncodedTask) -> Tensor:
 
 def _target(raw: RawSample, *, caption_fields: Sequence[str] | None, group_by: str) -> Target:
     fields = json_fields(raw)
-    captions = _all_captions(raw, fields, caption_fields or (("captions",) if fields.get("captions") else ("txt",)))
+    found = captions_by_field(raw.text, fields, caption_fields)
+    captions = tuple(dict.fromkeys(caption for of_field in found for caption in of_field))
     if not captions:
         raise SampleError("no caption", f"nothing in {', '.join(caption_fields or ('captions', '.txt'))}")
     return Target(labels=(group_id(group_by, captions[0], fields),), captions=captions)
-
-
-def _all_captions(raw: RawSample, fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    """The captions of a sample under some json fields ("txt" = the .txt), each once."""
-    try:
-        values = [(raw.text or b"").decode("utf-8-sig") if name == "txt" else fields.get(name) for name in names]
-    except UnicodeDecodeError as error:
-        raise SampleError("bad text", f"the .txt is not UTF-8: {error}") from error
-    listed = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    return tuple(dict.fromkeys(text.strip() for text in listed if isinstance(text, str) and text.strip()))

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from clipkit.losses.blockwise import blockwise_clip_loss, blockwise_siglip_loss
 from clipkit.losses.clip import clip_loss, in_batch_accuracy
+from clipkit.losses.distill import distill_loss
 from clipkit.losses.siglip import siglip_loss
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 BLOCKWISE_LOSSES = {"clip": blockwise_clip_loss, "siglip": blockwise_siglip_loss}
 
-__all__ = ["BLOCKWISE_LOSSES", "LOSSES", "blockwise_clip_loss", "blockwise_siglip_loss", "clip_loss", "in_batch_accuracy",
-           "make_loss", "siglip_loss"]
+__all__ = ["BLOCKWISE_LOSSES", "LOSSES", "blockwise_clip_loss", "blockwise_siglip_loss", "clip_loss", "distill_loss",
+           "in_batch_accuracy", "make_loss", "siglip_loss"]
 
 
 def make_loss(name: str, *, block_size: int | None, bf16: bool) -> Callable[..., Tensor]:

@@ -126,6 +126,9 @@ def _draw_loss(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("loss, nats")
     steps, losses = series(records, "loss")
     _plot_smooth(axes, steps, losses, COLOURS[0])
+    validation = [(one["step"], one["value"]) for one in records if one.get("metric") == "loss"]
+    if validation:
+        axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, color=COLOURS[1], label="validation")
     gaps = series(records, "loss_minus_log_batch")[1]
     if losses and len(gaps) == len(losses):
         chance = losses[-1] - gaps[-1]
@@ -152,7 +155,8 @@ def _draw_in_batch_accuracy(axes: "Axes", records: Sequence[dict[str, Any]]) -> 
 
 def _draw_evaluation(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("evaluation")
-    measured = [record for record in records if "task" in record and record.get("value") is not None]
+    measured = [record for record in records if "task" in record and record.get("value") is not None
+                and record["metric"] != "loss"]
     names = list(dict.fromkeys(map(_measure, measured)))
     for index, name in enumerate(names[: len(COLOURS)]):
         points = sorted((one["step"], one["value"], one.get("ci_low"), one.get("ci_high"))

@@ -23,6 +23,7 @@ NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 # Inside a tower, as open_clip and transformers name what stands below the first block, and the blocks.
 BELOW_BLOCKS = re.compile(r"(class_embedding|positional_embedding|conv\d|bn\d|ln_pre|patchnorm|token_embedding|cls_emb|"
                           r"transformer\.(encoder\.)?(embeddings|embed_tokens|shared)\b)")
+LAST_NORM = re.compile(r"(visual\.|text\.)?(ln_post|ln_final)\.")  # behind the top block, and of its layer
 BLOCK = re.compile(r"(?:transformer\.)?(?:encoder\.)?(?:resblocks|layers?|block)\.?(\d+)\.")
 
 
@@ -83,8 +84,8 @@ def learning_rate_scales(towers: nn.Module, *, image: float, text: float, layer_
 def levels_below_top(towers: Any) -> dict[str, int]:
     """How many layers below the top of its tower each parameter stands.
 
-    At the top (0) are the projection and, but in timm towers, the norm before it; then the blocks (the stages of open_clip's
-    ResNets, the groups of a timm model's own group_matcher()); at the bottom embeddings, patches and stem.
+    At the top (0) is the projection; then come the blocks (the stages of open_clip's ResNets, the groups of a timm model's own
+    group_matcher()), the top one with the norm behind it; at the bottom are embeddings, patches and stem. So does open_clip 4.
     """
     image = {f"visual.{name}": layer for name, layer in _image_layers(towers.visual).items()}
     others = [name for name, _ in towers.named_parameters() if name not in image]
@@ -111,6 +112,8 @@ def _layer(name: str) -> float:
 
 
 def _from_top(layers: dict[str, float]) -> dict[str, int]:
+    top_block = max((layer for layer in layers.values() if layer < math.inf), default=math.inf)
+    layers = {name: top_block if LAST_NORM.match(name) else layer for name, layer in layers.items()}
     order = sorted(set(layers.values()), reverse=True)
     return {name: order.index(layer) for name, layer in layers.items()}
 

@@ -18,6 +18,7 @@ from clipkit.config.train import ContrastiveTrainConfig
 from clipkit.model.image_text import ImageTextModel, parameter_counts
 from clipkit.training.estimate import estimate_step
 from clipkit.training.plan import Plan, make_plan, plan_run
+from clipkit.training.precision import with_precision
 from clipkit.training.run_log import duration_text
 from clipkit.training.sharding import blocks
 
@@ -69,6 +70,7 @@ def forecast_run(config: PretrainConfig, model: ImageTextModel) -> str:
       ValueError: `plan` is not understood, or the settings do not fit each other.
     """
     booking = read_booking(config.plan or "", world_size=1)
+    config = with_precision(config, None if booking.device else torch.device("cpu"))
     try:
         plan = plan_run(config.data, config.train, config.schedule, world_size=1)[2]
     except FileNotFoundError:

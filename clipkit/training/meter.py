@@ -59,6 +59,7 @@ class Meter:
         Raises:
           TrainingDivergedError: more steps in a row than allowed were skipped.
         """
+        alone = features is not None and not self.terms  # the loss is the contrastive one, which log(batch) bounds
         named = {name: torch.stack([step[name] for step in self.terms]).mean() for name in (self.terms or [{}])[0]}
         if features:
             names = ("in_batch_accuracy_image_to_text", "in_batch_accuracy_text_to_image")
@@ -76,7 +77,7 @@ class Meter:
         samples = done * self.global_batch_size
         metrics = {
             "samples_seen": samples, "epoch": samples / self.num_samples if self.num_samples else None, "loss": loss,
-            "loss_minus_log_batch": loss - math.log(self.global_batch_size) if features else None,
+            "loss_minus_log_batch": loss - math.log(self.global_batch_size) if alone else None,
             **dict(zip(named, means, strict=True)), "lr": lr,
             "logit_scale": features.logit_scale.item() if features else None, "grad_norm": grad_norm,
             "skipped_steps": self.skipped,

@@ -24,9 +24,9 @@ class Plan(NamedTuple):
     lanes: int
 
 
-def plan_run(data: DataConfig, train: TrainConfig, schedule: ScheduleConfig, *,
-             world_size: int) -> tuple[list[list[str]], list[str], Plan]:
-    """Find the data and plan a run over them.
+def plan_run(data: DataConfig, train: TrainConfig, schedule: ScheduleConfig, *, world_size: int,
+             set_aside: float = 0) -> tuple[list[list[str]], list[str], Plan]:
+    """Find the data and plan a run over them. `set_aside`: the share that is not trained on.
 
     Returns:
       The shards of each source, all of them, and the plan.
@@ -43,7 +43,8 @@ def plan_run(data: DataConfig, train: TrainConfig, schedule: ScheduleConfig, *,
     if num_samples == 0:
         raise ValueError(f"no samples were found in {shards[0]}{' and the other shards' if shards[1:] else ''}; look with: "
                          f"clipkit shards check data='{data.train[0]}'")
-    return sources, shards, make_plan(train, schedule, num_samples=num_samples, lanes=lanes)
+    left = None if num_samples is None else round(num_samples * (1 - set_aside))
+    return sources, shards, make_plan(train, schedule, num_samples=left, lanes=lanes)
 
 
 def make_plan(train: TrainConfig, schedule: ScheduleConfig, *, num_samples: int | None, lanes: int) -> Plan:

@@ -75,8 +75,9 @@ def check_shards(saved: Checkpoint, shards: Sequence[str]) -> None:
 
 def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer,
              average: WeightAverage | None, loader: TrainLoader, shards: Sequence[str], process: Process, keep: int,
-             keep_every_steps: int | None, writer: BackgroundWriter | None = None, mirror: str | None = None) -> None:
-    """Write a checkpoint, renew a CLIP's model folder, drop old checkpoints. All ranks call it.
+             keep_every_steps: int | None, writer: BackgroundWriter | None = None, mirror: str | None = None,
+             keeps_model: bool = True) -> None:
+    """Write a checkpoint, renew a CLIP's model folder (with keeps_model), drop old checkpoints. All ranks call it.
 
     Rank 0 writes; of weights that are shared out, every rank its own parts. Arguments as in `take_up`. With a `writer`,
     copies are written beside the training that goes on, after the checkpoint before is done.
@@ -107,7 +108,7 @@ def save_run(run_dir: Path, step: int, *, model: nn.Module, optimizer: torch.opt
             on_main(lambda: save_checkpoint(run_dir, **content), group)
 
         def tidy_up() -> None:
-            if isinstance(model, ImageTextModel):
+            if isinstance(model, ImageTextModel) and keeps_model:
                 save_model_folder(model, run_dir / "model", whole)
             prune_checkpoints(run_dir, keep, keep_every_steps)
             if mirror:

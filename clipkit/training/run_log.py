@@ -187,6 +187,16 @@ def live_text(step: int, total_steps: int, metrics: Mapping[str, Any], seconds_l
     return "  ".join(parts)
 
 
+def closing_words(run_dir: Path, *, with_sheet: bool) -> str:
+    """Where a finished CLIP's model and pictures are, and what to try next."""
+    sheet = f", {run_dir / 'predictions.png'}" if with_sheet else ""
+    return (f"\nmodel     {run_dir / 'model'} (open_clip: local-dir:{run_dir / 'model'})\n"
+            f"pictures  {run_dir / 'curves.png'}{sheet}\n"
+            f"next      tensorboard --logdir {run_dir}\n"
+            f"          python -c \"import clipkit, PIL.Image as P; m = clipkit.load_model('{run_dir}'); "
+            "print(clipkit.zero_shot_classifier(m, ['a cat', 'a dog'])([P.open('photo.png')]))\"")
+
+
 def duration_text(seconds: float) -> str:
     """45 -> "45s", 432 -> "7m12s", 7500 -> "2h05m", 200000 -> "2d07h"."""
     whole = max(0, round(seconds))

@@ -75,16 +75,19 @@ def train_autoencoder(config: AutoencoderConfig) -> int | None:
 
 def prepare(config: AutoencoderConfig, process: Any, cleanup: contextlib.ExitStack) -> tuple[Training, int]:
     """Build everything, take up the newest checkpoint; return what the loop works with, and the step to begin at."""
+    from clipkit.data.captions import with_captions
     from clipkit.diffusion.autoencoder import Reconstruct, make_networks
     from clipkit.training.average import WeightAverage
     from clipkit.training.optim import make_optimizer
     from clipkit.training.parallel import make_parallel
     from clipkit.training.plan import plan_run
+    from clipkit.training.precision import with_precision
     from clipkit.training.resume import check_shards, open_run, take_up
     from clipkit.training.run_folder import check_run_name
     from clipkit.training.run_log import RunLog
     from clipkit.training.step_timer import StepTimer
 
+    config = with_precision(config, process.device)
     optim = config.optim
     shards, all_shards, plan = plan_run(config.data, config.train, config.schedule, world_size=process.world_size)
     networks, perceptual = make_networks(config, process.device)
@@ -93,6 +96,7 @@ def prepare(config: AutoencoderConfig, process: Any, cleanup: contextlib.ExitSta
     run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process)
     if run:
         cleanup.callback(run.close)  # its lock
+    config = dataclasses.replace(config, data=with_captions(config.data))
     optimizer = make_optimizer(list(networks.named_parameters()), name=optim.name, recipe=optim.recipe, lr=optim.lr,
                                weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
     average = WeightAverage(autoencoder, config.train.ema_decay) if config.train.ema_decay else None

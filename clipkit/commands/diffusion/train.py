@@ -69,6 +69,7 @@ def train_diffusion(config: DiffusionTrainConfig) -> int | None:
 
 def prepare(config: DiffusionTrainConfig, process: Any, cleanup: contextlib.ExitStack) -> tuple[Training, int]:
     """Build everything, take up the newest checkpoint; return what the loop works with, and the step to begin at."""
+    from clipkit.data.captions import with_captions
     from clipkit.diffusion.autoencoder import load_autoencoder
     from clipkit.diffusion.conditioning import make_conditioning
     from clipkit.diffusion.noise_schedule import make_schedule
@@ -79,11 +80,13 @@ def prepare(config: DiffusionTrainConfig, process: Any, cleanup: contextlib.Exit
     from clipkit.training.optim import make_optimizer
     from clipkit.training.parallel import make_parallel
     from clipkit.training.plan import plan_run
+    from clipkit.training.precision import with_precision
     from clipkit.training.resume import check_shards, open_run, take_up
     from clipkit.training.run_folder import check_run_name
     from clipkit.training.run_log import RunLog
     from clipkit.training.step_timer import StepTimer
 
+    config = with_precision(config, process.device)
     settings, optim = config.process, config.optim
     schedule = make_schedule(settings.schedule, num_timesteps=settings.num_timesteps,
                              zero_terminal_snr=settings.zero_terminal_snr)
@@ -97,6 +100,7 @@ def prepare(config: DiffusionTrainConfig, process: Any, cleanup: contextlib.Exit
     run, saved = open_run(config.runs_dir, name, config=dataclasses.asdict(config), identity=identity(config), process=process)
     if run:
         cleanup.callback(run.close)  # its lock
+    config = dataclasses.replace(config, data=with_captions(config.data))
     optimizer = make_optimizer(list(unet.named_parameters()), name=optim.name, recipe=optim.recipe, lr=optim.lr,
                                weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps)
     average = WeightAverage(unet, config.train.ema_decay) if config.train.ema_decay else None
