@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipkit.training.diagnose import duplicate_captions, flat_loss, loader_bottleneck, mean_cosine
+from clipkit.training.diagnose import cut_captions, duplicate_captions, flat_loss, loader_bottleneck, mean_cosine
 from clipkit.training.live_line import LiveLine
 from clipkit.training.run_log import RunLog, cut_metrics, duration_text, live_text
 from clipkit.training.step_timer import StepTimer
@@ -277,3 +277,10 @@ def test_a_full_disk_under_tensorboard_is_one_line_too(tmp_path, monkeypatch):
         monkeypatch.setattr(log.sinks[0], "scalars", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         with pytest.raises(OSError, match=r"^cannot write .*: the disk is full"):
             log.step(1, METRICS)
+
+
+def test_captions_that_fill_the_context_are_told():
+    tokens = torch.tensor([[5, 6, 7, 0], [5, 6, 7, 8]] + [[5, 7, 0, 0]] * 6)
+    said = cut_captions(tokens, 0)
+    assert said is not None and said.startswith("12% of the captions fill all 4 tokens") and "text_cfg.context_length" in said
+    assert cut_captions(tokens[:1], 0) is None and cut_captions(tokens + 1, 1) == cut_captions(tokens, 0)

@@ -1,5 +1,7 @@
 """When things are due, who a process is, what a step will cost, how a run is planned."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from clipkit.training.distributed import any_process, from_main, gather_objects,
 from clipkit.training.due import Timetable
 from clipkit.training.estimate import estimate_step
 from clipkit.training.precision import autocast
-from tests.conftest import settings
+from tests.conftest import TINY, settings
 
 
 class Clock:
@@ -138,3 +140,12 @@ def test_automatic_precision_is_bfloat16_only_where_the_device_has_units_for_it(
     assert precision.with_precision(config, torch.device("mps")).train.precision == "fp32"
     given = settings("data.train=x.tar", "name=x", "train.precision=amp_bf16")
     assert precision.with_precision(given, torch.device("cpu")) is given
+
+
+def test_a_tokenizer_with_more_ids_than_the_tower_has_embeddings_is_refused_before_the_first_step():
+    from clipkit.training.trained_model import make_model
+
+    config = settings("data.train=x.tar", "name=x", "model=tiny")
+    small = {**TINY, "text_cfg": {**TINY["text_cfg"], "vocab_size": 1000}}
+    with pytest.raises(ValueError, match=r"embeddings of 1,000 tokens, and its tokenizer 49,408 ids; give text_cfg.vocab_size"):
+        make_model(dataclasses.replace(config, model=dataclasses.replace(config.model, config=small)))

@@ -187,6 +187,7 @@ def train(t: Training, start: int) -> int | None:
                           watchdog=t.process.watchdog)
     watch = Watch(log=log, timer=t.timer, plan=plan, start=start, lr=config.optim.lr, masked=masked,
                   workers=t.loader.workers, local_world_size=t.process.local_world_size, decode=config.data.decode,
+                  pad_id=t.model.tokenize.pad_id,
                   chance_loss=math.log(plan.global_batch_size) if config.loss.name == "clip" and not t.teacher else None)
     if t.validation and t.validation.is_over:
         return None

@@ -78,6 +78,18 @@ class Tokenizer:
             return sum(len(self.tokenizer.encode(text)) + 2 > self.context_length for text in long)
         return sum(len(ids) > self.context_length for ids in inner(long)["input_ids"]) if long else 0
 
+    @property
+    def pad_id(self) -> int:
+        """What fills a row behind its text."""
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        return 0 if inner is None else inner.pad_token_id
+
+    @property
+    def num_ids(self) -> int:
+        """Ids are below this."""
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        return self.tokenizer.vocab_size if inner is None else len(inner)
+
     def save(self, folder: Path) -> None:
         """Write the files of a Hugging Face tokenizer; CLIP's own needs none, it ships with open_clip."""
         inner = getattr(self.tokenizer, "tokenizer", None)

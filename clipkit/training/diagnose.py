@@ -10,6 +10,7 @@ FLAT_MARGIN = 0.02  # of log(G): a CLIP that learns is further from chance than 
 MIN_RECORDS = 10  # logged losses before anything is said
 COLLAPSED_COSINE = 0.95  # mean over pairs; random features have 0, trained ones 0.1 to 0.5
 MANY_DUPLICATES = 0.25  # of a batch's captions
+MANY_CUT = 0.1  # likewise
 LOWEST_USUAL_LR, HIGHEST_USUAL_LR = 1e-5, 1e-2  # AdamW from random weights
 
 
@@ -68,6 +69,20 @@ def flat_loss(losses: Sequence[float], *, chance_loss: float, step: int, total_s
     cause = (_long_warmup(step, total_steps, warmup_steps) or _collapse(image_features, text_features)
              or _duplicates(duplicate_fraction) or _learning_rate(learning_rate))
     return f"{finding}; {cause}"
+
+
+def cut_captions(tokens: Tensor, pad_id: int) -> str | None:
+    """Say whether many captions fill the context of the text tower to its last token, and so are cut.
+
+    Args:
+      tokens: (B, L), padded with pad_id.
+      pad_id: Of the tokenizer.
+    """
+    full = (tokens[:, -1] != pad_id).float().mean().item()
+    if full < MANY_CUT:
+        return None
+    return (f"{full:.0%} of the captions fill all {tokens.shape[1]} tokens that the text tower takes, and what is "
+            "behind them is cut off; choose a model with a longer context (text_cfg.context_length), or shorter captions")
 
 
 def duplicate_captions(tokens: Tensor) -> float:

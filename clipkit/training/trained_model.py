@@ -1,6 +1,7 @@
 """The model that a run trains, from its settings."""
 
 import torch
+from torch import nn
 
 from clipkit.config.pretrain import PretrainConfig
 from clipkit.model.attention import fuse_attention
@@ -29,6 +30,7 @@ def make_model(config: PretrainConfig) -> ImageTextModel:
                 text=settings.lock_text, unlocked_text_layers=settings.unlocked_text_layers)
     if config.optim.frozen_norms or settings.lora_rank:
         freeze_norms(model.towers)
+    check_vocabulary(model)
     if config.loss.name == "clip" and model.towers.logit_bias is not None:
         model.towers.logit_bias.requires_grad_(False)  # cancels in the softmax
     if config.train.fused_attention:
@@ -45,3 +47,14 @@ def make_model(config: PretrainConfig) -> ImageTextModel:
                          "statistics would be those of a micro-batch; choose a tower without, lock it, or allow it with "
                          "train.micro_batch_norm=true")
     return model
+
+
+def check_vocabulary(model: ImageTextModel) -> None:
+    """Raise ValueError if the tokenizer has ids that the text tower has no embedding of."""
+    tables = [module.num_embeddings for name, module in model.towers.named_modules() if isinstance(module, nn.Embedding)
+              and name.endswith(("token_embedding", "word_embeddings", "embed_tokens", "shared"))]
+    if tables and model.tokenize.num_ids > max(tables):
+        num_ids = model.tokenize.num_ids
+        raise ValueError(f"the text tower has embeddings of {max(tables):,} tokens, and its tokenizer {num_ids:,} ids; give "
+                         f"text_cfg.vocab_size={num_ids}, or the tokenizer that the tower was made for "
+                         "(text_cfg.hf_tokenizer_name)")

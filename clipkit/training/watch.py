@@ -6,7 +6,7 @@ from typing import Any
 
 from clipkit.data.batch import Batch
 from clipkit.model.image_text import Features
-from clipkit.training.diagnose import duplicate_captions, flat_loss, loader_bottleneck
+from clipkit.training.diagnose import cut_captions, duplicate_captions, flat_loss, loader_bottleneck
 from clipkit.training.plan import Plan
 from clipkit.training.run_log import RunLog
 from clipkit.training.step_timer import StepTimer
@@ -18,12 +18,12 @@ class Watch:
     """Keeps what the diagnoses need: the losses so far, and the rates since the last look."""
 
     def __init__(self, *, log: RunLog, timer: StepTimer, plan: Plan, start: int, lr: float, masked: bool, workers: int,
-                 local_world_size: int, decode: str,
-                 chance_loss: float | None) -> None:
+                 local_world_size: int, decode: str, chance_loss: float | None, pad_id: int | None = None) -> None:
         self.log, self.timer, self.plan, self.seen, self.start = log, timer, plan, start, start
         self.lr, self.masked, self.workers, self.decode = lr, masked, workers, decode
         self.cores = max(1, (os.cpu_count() or 1) // local_world_size)
         self.chance_loss = chance_loss  # of a model that knows nothing; None: not judged
+        self.pad_id = pad_id  # of the tokenizer; None where there are no captions
         self.losses: list[float] = []
 
     def look(self, done: int, metrics: Mapping[str, Any], features: Features | None = None,
@@ -38,6 +38,8 @@ class Watch:
         if done - self.start >= STEPS_BEFORE_JUDGING:
             self._warn(loader_bottleneck(rates.data_wait_fraction, samples_per_second=rates.samples_per_second,
                                          workers=self.workers, cores=self.cores, decode=self.decode), "loader")
+        if self.pad_id is not None and batch is not None and "captions" not in self.log.told:
+            self._warn(cut_captions(batch.tokens, self.pad_id), "captions")
         if self.chance_loss is not None and "loss" not in self.log.told:
             assert features is not None and batch is not None
             self._warn(flat_loss(self.losses, chance_loss=self.chance_loss, step=done, total_steps=self.plan.total_steps,
