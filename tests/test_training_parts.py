@@ -127,6 +127,20 @@ def test_a_plan_counts_steps_and_refuses_what_cannot_be_counted():
         make_plan(config.train, config.schedule, num_samples=10, lanes=4)
 
 
+@pytest.mark.parametrize(("given", "advised"), [((), True), (("train.micro_batch_size=8",), False),
+                                                (("train.global_batch_size=256",), False)])
+def test_a_small_batch_is_told_how_a_larger_one_fits(given, advised, tiny_model):
+    from clipkit.training.estimate import StepCost
+    from clipkit.training.plan import make_plan, summary
+
+    chosen = {one.partition("=")[0]: one for one in ("train.global_batch_size=32", "train.epochs=1", *given)}
+    config = settings("data.train=x", "name=x", *chosen.values())
+    plan = make_plan(config.train, config.schedule, num_samples=5000, lanes=4)
+    text = summary(tiny_model, plan, StepCost(1.0, 1.0), train=config.train, schedule=config.schedule, lr=1e-3, shards=[["x"]],
+                   world_size=2, device="cpu", workers=0)
+    assert ("train.global_batch_size=256 train.micro_batch_size=16 takes about the memory" in text) == advised
+
+
 @pytest.mark.parametrize(("has_units", "chosen"), [(True, "amp_bf16"), (False, "fp32")])
 def test_automatic_precision_is_bfloat16_only_where_the_device_has_units_for_it(has_units, chosen, monkeypatch):
     from clipkit.training import precision

@@ -1,12 +1,13 @@
 """The plan of a run: how many steps, how warm, how much each process holds; and the summary that the person sees."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
 from clipkit.config.data import DataConfig
 from clipkit.config.schedule import ScheduleConfig
-from clipkit.config.train import TrainConfig
+from clipkit.config.train import ContrastiveTrainConfig, TrainConfig
 from clipkit.data.lanes import check_lanes, default_lanes
 from clipkit.data.shards import count_samples
 from clipkit.data.sources import find_sources
@@ -14,6 +15,8 @@ from clipkit.model.image_text import ImageTextModel, has_batch_statistics, param
 from clipkit.training.estimate import StepCost
 from clipkit.training.run_log import duration_text
 from clipkit.training.schedule import warmup_steps
+
+SMALL_BATCH = 128  # pairs that have few negatives each
 
 
 class Plan(NamedTuple):
@@ -65,8 +68,8 @@ def make_plan(train: TrainConfig, schedule: ScheduleConfig, *, num_samples: int 
     return Plan(total, warmup_steps(schedule.warmup, total_steps=total, global_batch_size=batch), batch, num_samples, lanes)
 
 
-def summary(model: ImageTextModel, plan: Plan, cost: StepCost, *, train: TrainConfig, schedule: ScheduleConfig, lr: float,
-            shards: Sequence[Sequence[str]], world_size: int, device: str, workers: int) -> str:
+def summary(model: ImageTextModel, plan: Plan, cost: StepCost, *, train: ContrastiveTrainConfig, schedule: ScheduleConfig,
+            lr: float, shards: Sequence[Sequence[str]], world_size: int, device: str, workers: int) -> str:
     """Describe a run before its first step: model, data, schedule, expected memory and time."""
     counts = parameter_counts(model)
     lines = [
@@ -75,8 +78,12 @@ def summary(model: ImageTextModel, plan: Plan, cost: StepCost, *, train: TrainCo
         *run_lines(plan, cost, unit="pairs", train=train, schedule=schedule, lr=lr, shards=shards, world_size=world_size,
                    device=device, workers=workers),
     ]
+    size = plan.global_batch_size
     if has_batch_statistics(model):
         lines.append("note      the model has BatchNorm: its statistics are those of one process's rows")
+    elif size <= SMALL_BATCH and not train.micro_batch_size and (plan.num_samples or math.inf) >= 8 * size:
+        lines.append(f"note      {size} pairs are few negatives for each; train.global_batch_size={8 * size} "
+                     f"train.micro_batch_size={-(-size // world_size)} takes about the memory of this batch")
     return "\n".join(lines)
 
 
