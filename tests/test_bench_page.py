@@ -19,7 +19,8 @@ def test_figures_become_a_page(tmp_path):
                            peer_version="open_clip_train 3.3.0", more_is_better=True),
                make_figure("loss memory", "clip, B = 16384", [(10, 300)], unit="MiB", threads=1,
                            peer_version="open_clip 3.3.0"),
-               *(growth(axis, value) for axis in ("batch size", "caption length", "image size") for value in (8, 16, 32))]
+               *(growth(axis, value) for axis in ("batch size", "caption length", "image size") for value in (8, 16, 32)),
+               *(growth("processes", value) for value in (1, 2))]
     path = tmp_path / "docs" / "benchmarks" / "cpu.json"
     save_figures(path, figures[:1])
     save_figures(path, figures)  # the first again: it is replaced
@@ -31,6 +32,8 @@ def test_figures_become_a_page(tmp_path):
     assert "| loader, 256 px JPEGs | | | | not measured | 3 | 5 |" in table
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "| batch size | 8, 16, 32 | 1.00 | 2.00 | 1.00 | 3.00 |" in page
+    assert "| processes | 1, 2 | 1.00 | 2.00 | 1.00 | 3.00 |" in page
+    assert "## Changes the mathematics\n\nNot measured yet: " in page
     assert (tmp_path / "docs" / "images" / "benchmarks.png").stat().st_size > 1000
     assert (tmp_path / "docs" / "images" / "benchmarks_growth.png").stat().st_size > 1000
 

@@ -26,6 +26,7 @@ BATCH_SIZES = {"ViT-B-32": 4096, "ViT-B-16": 1024, "ViT-L-14": 512}
 STEPS, ROUNDS = 10, 3
 NOMINAL_TFLOPS = 989  # H100 and H200, dense bfloat16, NVIDIA's data sheet
 EQUAL_ROWS = 16  # gradients are compared in fp32 on a small batch
+LEAST_BATCH = 8  # one of each lane, of which there are as many as shards
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
         for name in options.models:
             folder = Path(scratch) / name
             folder.mkdir()
-            case = Case("step", name, "alt-text", max(2, BATCH_SIZES[name] // options.scale))
+            case = Case("step", name, "alt-text", max(LEAST_BATCH, BATCH_SIZES[name] // options.scale))
             equal = compare_gradients(case, folder, shards, options)
             figures += [one_model(case, folder, shards, options, compiles=compiles, equal=equal, rate=rate)
                         for compiles in (False, True)]

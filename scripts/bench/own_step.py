@@ -3,7 +3,6 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -13,6 +12,7 @@ from clipkit.commands import pretrain
 from clipkit.config import PretrainConfig
 from clipkit.config.launch import launch
 from clipkit.data.batch import Batch
+from clipkit.training.device_batches import device_batches
 from scripts.bench.step_arm import Clock, serve
 
 FIRST_STEP = 1  # no evaluation before it
@@ -46,19 +46,17 @@ class ClipkitTrainer:
         saved = load_file(batch)
         size = len(saved["images"])
         self.version, self.clock, self.folder = f"clipkit {__version__}", Clock(device), tempfile.TemporaryDirectory()
-        (Path(self.folder.name) / "model").mkdir()
-        (Path(self.folder.name) / "model" / "bench.yaml").write_text(
-            "{start: null, name: null, pretrained: null, image_weights: null, image_size: null, patch_dropout: null, "
-            "lock_image: false, unlocked_image_groups: 0, lock_text: false, unlocked_text_layers: 0, lora_rank: null, "
-            "lora_alpha: null, config: " + model_cfg + "}")
         micro = [f"train.micro_batch_size={size // micro_batches}"] if micro_batches > 1 else []
         launch("pretrain", PretrainConfig, self.prepare, [
-            "--config-dir", self.folder.name, "model=bench", *(f"data.train={shard}" for shard in shards), *OPTIONS, *micro,
-            f"train.global_batch_size={size}", f"device={device}", f"train.precision={precision}", "train.threads=1",
+            "model=emoji", "model.config=" + model_cfg.replace('"', ""), *(f"data.train={shard}" for shard in shards), *OPTIONS,
+            *micro, f"train.global_batch_size={size}", f"device={device}", f"train.precision={precision}", "train.threads=1",
             f"train.compile={str(compile_model).lower()}", f"runs_dir={self.folder.name}/runs"], pretrain.IMPLIED)
         self.towers.load_state_dict(load_file(weights))
-        rows = (saved["images"], saved["tokens"], saved["tokens"].new_zeros(size).long())
-        self.batch = next(pretrain.device_batches(self.training._replace(loader=[Batch(*rows)])))
+        t = self.training
+        images, tokens = (saved[name][t.process.rank::t.process.world_size] for name in ("images", "tokens"))
+        batch_of_rank = Batch(images, tokens, tokens.new_zeros(len(tokens)).long())
+        self.batch = next(device_batches([batch_of_rank], t.process.device, only=0, host_tokens=t.model.trims_text,
+                                         channels_last=t.config.train.channels_last))
 
     def prepare(self, config: PretrainConfig) -> None:
         from clipkit.training.process import training_process

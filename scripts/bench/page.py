@@ -1,4 +1,4 @@
-"""Draw docs/benchmarks.md and its plots from the figures in docs/benchmarks/*.json.
+"""Draw docs/benchmarks.md and its plots from the figures in docs/benchmarks/cpu.json and mathematics.json.
 
   python -m scripts.bench.page
 """
@@ -7,6 +7,8 @@ import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scripts.bench.mathematics_page import mathematics_section
 
 Figures = dict[tuple[str, str], dict[str, Any]]
 
@@ -40,7 +42,7 @@ ROWS = (
 )
 GPU_ROWS = ("step of ViT-B/32", "step of ViT-L/14", "end to end, ViT-B/32, 16 cores", "peak memory at equal batch",
             "largest batch of ViT-B/32 on one GPU", "MFU on useful tokens, B/32, B/16, L/14")
-AXES = ("batch size", "caption length", "image size")
+AXES = ("batch size", "caption length", "image size", "processes")
 WORDS = """# Benchmarks
 
 clipkit beside open_clip_train {version}, its own unpatched code in an environment of its own, on the same pictures, captions,
@@ -83,11 +85,17 @@ of the text tower at 77 tokens, at 80 of about 100 possible GFLOP/s of a core.
 
 One step of the model of 20 M parameters on a resident batch, and the exponent b of time ~ value^b and memory ~ value^b.
 Memory is that of the whole process, with libraries, weights and what earlier sizes left behind, so that it hardly grows at
-these sizes:
+these sizes. Over processes (gloo, a global batch of 64, one thread each) the seconds are summed over the ranks, so that an
+exponent of 0 would be free of cost, and memory is the most of one rank; what is added is each rank's own optimizer step, the
+exchange of gradients, and products of fewer rows. Time by the clock is left out: it needs a core for each process.
 
 {growth}
 
 ![growth](images/benchmarks_growth.png)
+
+## Changes the mathematics
+
+{mathematics}
 
 ## On a GPU
 
@@ -102,9 +110,11 @@ def write_page(folder: Path, page: Path) -> str:
     first = next(iter(figures.values()))
     versions = sorted({figure["peer_version"].removeprefix("open_clip_train ") for figure in figures.values()
                        if "open_clip_train" in figure["peer_version"]})
-    page.write_text(WORDS.format(version=", ".join(versions), device=first["device"], table=table, growth=growth_table(figures),
-                                 gpu=f"Not measured yet: {'; '.join(GPU_ROWS)}."))
     images = page.parent / "images"
+    page.write_text(WORDS.format(version=", ".join(versions), device=first["device"], table=table, growth=growth_table(figures),
+                                 mathematics=mathematics_section(folder / "mathematics.json",
+                                                                 images / "benchmarks_mathematics.png"),
+                                 gpu=f"Not measured yet: {'; '.join(GPU_ROWS)}."))
     draw_ratios(figures, images / "benchmarks.png")
     draw_growth(figures, images / "benchmarks_growth.png")
     return table
@@ -188,7 +198,7 @@ def draw_growth(figures: Figures, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, len(AXES), figsize=(9, 5), layout="constrained")
+    fig, axes = plt.subplots(2, len(AXES), figsize=(11, 5), layout="constrained")
     for column, axis in enumerate(AXES):
         points = along(figures, axis)
         values = [point["notes"]["value"] for point in points]

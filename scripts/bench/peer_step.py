@@ -1,12 +1,14 @@
 """open_clip_train's arm of step.py, in an environment of its own: its model, loss, loader and training loop, unchanged."""
 
 import json
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import torch
+import torch.distributed as dist
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
 from open_clip_train.data import get_wds_dataset
@@ -15,6 +17,7 @@ from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from scripts.bench.step_arm import Clock, serve
 
@@ -42,10 +45,13 @@ class OpenCLIPTrainer:
         cfg, saved = json.loads(model_cfg), load_file(batch)
         self.version = f"open_clip_train {open_clip.__version__}{' --torchcompile' if compile_model else ''}"
         self.clock, self.micro_batches = Clock(device), micro_batches
-        self.images, self.tokens = saved["normalised"].to(device), saved["tokens"].long().to(device)
+        rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.images, self.tokens = (saved[name][rank::world_size].to(device) for name in ("normalised", "tokens"))
+        self.tokens = self.tokens.long()
         self.args = parse_args([*OPTIONS, f"--batch-size={len(self.images) // micro_batches}", f"--precision={precision}",
                                 f"--accum-freq={micro_batches}"])
-        vars(self.args).update(device=device, rank=0, local_rank=0, world_size=1, distributed=False, distill=False, wandb=False)
+        vars(self.args).update(device=device, rank=rank, local_rank=rank, world_size=world_size, distributed=world_size > 1,
+                               distill=False, wandb=False)
         self.towers: Any = CLIP(**cfg, output_dict=True)
         self.towers.load_state_dict(load_file(weights))
         self.towers.to(device)
@@ -58,8 +64,11 @@ class OpenCLIPTrainer:
         self.optimizer = torch.optim.AdamW(decayed, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
         self.scheduler = cosine_lr(self.optimizer, 1e-3, 100, TOTAL_STEPS)
         self.model: Any = torch.compile(self.towers) if compile_model else self.towers
+        if world_size > 1:  # as open_clip_train.main does, with its defaults
+            dist.init_process_group("gloo")
+            self.model = DistributedDataParallel(self.model)
         self.from_shards: Iterator[Any] | None = None
-        self.contrast = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)
+        self.contrast = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world_size)
 
     def loss(self) -> Tensor:
         return self.contrast(**self.model(self.images, self.tokens))

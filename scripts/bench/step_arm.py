@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scripts.bench.ranks import on_ranks
 from scripts.bench.rounds import answer, cpu_seconds, forget_peak_memory, peak_memory_bytes
 
 
@@ -71,6 +72,8 @@ def serve(make: Callable[..., Trainer]) -> None:
 
     def respond(task: str, **request: Any) -> dict[str, Any]:
         nonlocal trainer
+        if task == "ranks":
+            return on_ranks(make, **request)
         if task == "start":
             trainer = make(**request)
             return {"version": trainer.version, "torch": torch.__version__}
