@@ -75,7 +75,8 @@ def write_shards(config: ShardsWriteConfig) -> None:
         folder = out / split
         try:
             with ShardWriter(folder, samples_per_shard=config.samples_per_shard, name=name) as writer:
-                write_samples(records, len(records) if len(splits) > 1 else source.num_records, writer, bad, config)
+                write_samples(records, len(records) if len(splits) > 1 else source.num_records, writer, bad, config,
+                              source.classnames)
             if source.classnames:
                 write_benchmark_files(out, split, source.classnames, TEMPLATES, len(writer.sizes))
             else:
@@ -91,7 +92,7 @@ def write_shards(config: ShardsWriteConfig) -> None:
 
 
 def write_samples(records: "Iterable[Record]", num_records: int, writer: "ShardWriter", bad: "BadCount",
-                  config: ShardsWriteConfig) -> None:
+                  config: ShardsWriteConfig, classnames: Sequence[str]) -> None:
     """Write each record that can be used, and count the others by cause.
 
     Args:
@@ -100,6 +101,7 @@ def write_samples(records: "Iterable[Record]", num_records: int, writer: "ShardW
       writer: takes the good ones.
       bad: is added to.
       config: image_size, max_pixels, max_bad_fraction.
+      classnames: of a labelled folder, else empty.
 
     Raises:
       ValueError: too much is bad, or nothing is good.
@@ -111,7 +113,7 @@ def write_samples(records: "Iterable[Record]", num_records: int, writer: "ShardW
     line, started = LiveLine(sys.stdout), time.monotonic()
     for count, record in enumerate(records, start=1):
         try:
-            writer.write(sample_members(record, config))
+            writer.write(sample_members(record, config, classnames))
         except (DecodeError, SourceError) as error:
             bad.add(error.cause, f"{record.name}: {error.detail}")
             if count >= BAD_FRACTION_AFTER:
@@ -126,7 +128,7 @@ def write_samples(records: "Iterable[Record]", num_records: int, writer: "ShardW
                          f"{', '.join(f'{cause} {count:,}' for cause, count in bad.counts.items())}")
 
 
-def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, bytes]:
+def sample_members(record: "Record", config: ShardsWriteConfig, classnames: Sequence[str]) -> dict[str, bytes]:
     """The archive members of one record: picture and label, or picture, caption and the table's other columns."""
     from clipkit.data.tables import read_captions, read_picture
     from clipkit.data.write import picture_member
@@ -135,7 +137,7 @@ def sample_members(record: "Record", config: ShardsWriteConfig) -> dict[str, byt
     suffix, picture = picture_member(read_picture(record), image_size=config.image_size, max_pixels=config.max_pixels,
                                      only=BENCHMARK_SUFFIXES if record.label is not None else None)
     if record.label is not None:
-        about = json.dumps(dict(record.fields), ensure_ascii=False).encode("utf-8", "replace")
+        about = json.dumps({"label": classnames[record.label]}, ensure_ascii=False).encode("utf-8", "replace")
         return {suffix: picture, "cls": str(record.label).encode(), "json": about}
     members = {suffix: picture, "txt": captions[0].encode("utf-8", "replace")}
     fields = {**record.fields, **({"captions": captions} if len(captions) > 1 else {})}

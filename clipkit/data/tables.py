@@ -157,8 +157,7 @@ def _open_folder(folder: Path) -> Source:
     classes = sorted({image.parent.name for image in images})
     number = {name: index for index, name in enumerate(classes)}
     names = tuple(name.replace("_", " ") for name in classes)
-    records = [Record(str(image.relative_to(folder)), image, None, label, {"label": names[label]}) for image in images
-               for label in [number[image.parent.name]]]
+    records = [Record(str(image.relative_to(folder)), image, None, number[image.parent.name]) for image in images]
     return Source(f"labelled folder: {len(images)} images in {len(classes)} classes", records, len(images), names)
 
 
