@@ -96,8 +96,8 @@ def test_a_command_line_is_understood(line, monkeypatch, tmp_path, capsys):
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
         return
     arguments = words[words.index("clipkit") + 1:]
-    if "hydra/launcher=submitit_slurm" in arguments:
-        arguments.remove("-m")  # composed as one job: a sweep asks for srun
+    if "hydra/launcher=submitit_slurm" in arguments:  # as one job: the launcher is a plugin, and asks for srun
+        arguments = [word for word in arguments if word != "-m" and not word.startswith(("hydra/launcher", "hydra.launcher"))]
     command = "/".join([arguments.pop(0), arguments.pop(0)]) if arguments[0] in ("shards", "diffusion") else arguments.pop(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["clipkit"])
