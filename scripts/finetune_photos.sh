@@ -8,7 +8,7 @@
 # arguments are settings of clipkit pretrain (train.epochs=20).
 # Expected on `python scripts/emoji_folders.py photos` (nine groups of drawings in a style never seen) with START=runs/emoji and
 # optim.lr=3e-4, a rate for that small model: the groups 11.4 % -> 55.1 %, emoji_val 68.3 % -> 22.2 %; halfway between the two
-# (clipkit interpolate) 42.6 % and 54.1 %. 80 CPU seconds.
+# (clipkit interpolate) 42.6 % and 54.1 %. 80 to 170 CPU seconds.
 set -eu
 
 photos=${1:?give the folder of class folders}
