@@ -12,7 +12,6 @@ import torch
 import yaml
 from PIL import Image
 
-from clipkit.commands import pretrain as command
 from clipkit.commands.pretrain import pretrain
 from clipkit.config.schema import SettingsError
 from clipkit.data.loader import make_train_loader
@@ -29,7 +28,7 @@ from clipkit.training.teacher import FeatureTable, Teacher
 from clipkit.training.trained_model import make_model
 from tests.conftest import TINY, settings, write_tar
 from tests.test_distill_loss import slow_loss
-from tests.test_pretrain import BATCH, SMALL, STEPS, assert_bit_equal, lines, only_last, weights
+from tests.test_pretrain import BATCH, SMALL, STEPS, assert_bit_equal, lines, only_last, run_in_two_parts, weights
 
 
 @pytest.fixture(autouse=True)
@@ -131,17 +130,7 @@ def test_a_second_run_encodes_nothing_and_a_changed_teacher_is_refused(shards, s
 def test_a_run_with_a_teacher_resumes_to_the_same_bits(shards, start, tmp_path, monkeypatch):
     more = (f"distill.teacher={start}", "checkpoint.every_steps=4")
     assert run(shards, "name=whole", *more) is None
-    keep = command.save
-
-    def save_and_stop(t, step):
-        keep(t, step)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(shards, "name=parts", *more)
-    monkeypatch.setattr(command, "save", keep)
-    assert run(shards, "name=parts", *more) is None
+    run_in_two_parts(lambda: run(shards, "name=parts", *more), monkeypatch)
     assert_bit_equal(weights(tmp_path / "runs" / "parts"), weights(tmp_path / "runs" / "whole"))
 
 

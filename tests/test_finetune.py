@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkit.commands import pretrain as command
 from clipkit.commands.pretrain import IMPLIED, pretrain
 from clipkit.config.model import as_start
 from clipkit.data.samples import SampleError, choose_caption
@@ -19,7 +18,7 @@ from clipkit.training.finetune import hold_statistics, learning_rate_scales, lev
 from clipkit.training.optim import make_optimizer, optimizer_step, set_learning_rate
 from clipkit.training.trained_model import make_model
 from tests.conftest import TINY, settings
-from tests.test_pretrain import STEPS, assert_bit_equal, only_last, weights
+from tests.test_pretrain import STEPS, assert_bit_equal, only_last, run_in_two_parts, weights
 
 SMALL = ("name=tuned", "experiment=finetune", "train.global_batch_size=16", f"train.samples={STEPS * 16}", "train.epochs=null",
          "train.precision=fp32", "data.workers=0", "log.every=1", "log.to=[]", "device=cpu", "optim.lr=1e-3")
@@ -172,17 +171,7 @@ def test_a_fine_tuning_resumes_to_the_same_bits(shards, start, tmp_path, monkeyp
     more = ("optim.towards_start=5", "optim.image_lr_scale=0.5", "optim.frozen_norms=true", "checkpoint.every_steps=4")
     assert run(shards, start, "name=whole", *more) is None
 
-    keep = command.save
-
-    def save_and_stop(t, step):
-        keep(t, step)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(shards, start, "name=parts", *more)
-    monkeypatch.setattr(command, "save", keep)
-    assert run(shards, start, "name=parts", *more) is None
+    run_in_two_parts(lambda: run(shards, start, "name=parts", *more), monkeypatch)
     assert_bit_equal(weights(tmp_path / "runs" / "parts"), weights(tmp_path / "runs" / "whole"))
     whole = weights(tmp_path / "runs" / "whole")["model.safetensors"]
     begun = load_file(f"{start}/open_clip_model.safetensors")

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
-from clipkit.commands import pretrain as command
 from clipkit.commands.pretrain import pretrain
 from clipkit.model.attention import fuse_attention
 from clipkit.model.build import build_model, lock_towers
@@ -17,7 +16,7 @@ from clipkit.training.finetune import freeze_norms, levels_below_top
 from clipkit.training.lora import LowRankUpdate, add_lora, merged_weights
 from clipkit.training.trained_model import make_model
 from tests.conftest import TINY, settings
-from tests.test_pretrain import assert_bit_equal, lines, only_last, weights
+from tests.test_pretrain import assert_bit_equal, lines, only_last, run_in_two_parts, weights
 
 SMALL = ("name=adapted", "experiment=finetune", "train.global_batch_size=16", "train.samples=96", "train.epochs=null",
          "train.precision=fp32", "data.workers=0", "log.every=1", "log.to=[]", "device=cpu", "optim.lr=1e-2",
@@ -179,17 +178,7 @@ def test_a_run_learns_updates_alone_resumes_to_the_same_bits_and_leaves_merged_a
     more = ("checkpoint.every_steps=3", "train.ema_decay=0.5", "data.caption_fields=[colour]",
             f"evaluation.tasks=[{one_shard}]", f"evaluation.final_tasks=[{one_shard}]")
     assert run(shards, start, "name=whole", *more) is None
-    keep = command.save
-
-    def save_and_stop(t, step):
-        keep(t, step)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(shards, start, "name=parts", *more)
-    monkeypatch.setattr(command, "save", keep)
-    assert run(shards, start, "name=parts", *more) is None
+    run_in_two_parts(lambda: run(shards, start, "name=parts", *more), monkeypatch)
     whole = weights(tmp_path / "runs" / "whole")
     assert_bit_equal(weights(tmp_path / "runs" / "parts"), whole)
 

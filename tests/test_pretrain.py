@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipkit.commands import pretrain as command
 from clipkit.commands.pretrain import pretrain
 from clipkit.model.folder import load_model
 from clipkit.training.stop import EXIT_STOPPED
@@ -55,6 +56,21 @@ def assert_bit_equal(found, wanted):
         assert found[file].keys() == wanted[file].keys()
         for name, tensor in wanted[file].items():
             assert torch.equal(found[file][name], tensor), (file, name)
+
+
+def run_in_two_parts(run, monkeypatch):
+    """Call `run` twice: the first time it ends, as by Ctrl-C, when its first checkpoint is written."""
+    keep = command.save
+
+    def save_and_stop(t, step):
+        keep(t, step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(command, "save", keep)
+    assert run() is None
 
 
 def test_a_run_leaves_everything_and_ends_well_again(shards, tmp_path, capsys):

@@ -81,7 +81,9 @@ def test_training_meets_all_pairs_but_those(shards):
             seen.append(source_name(raw))
             return super().__call__(raw, rng)
 
-    tokenize = lambda texts: torch.zeros(len(texts), 4, dtype=torch.int32)  # noqa: E731
+    def tokenize(texts):
+        return torch.zeros(len(texts), 4, dtype=torch.int32)
+
     loader = make_train_loader(config.data, shards=[expand_shards([shards])], lanes=4, tokenize=tokenize, seed=0,
                                examples=Telling(data=config.data, image_size=32, group_by="none"), global_batch_size=16,
                                leave_out=split.holds_out)
