@@ -31,7 +31,7 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except (ValueError, IndexError, RecursionError) as error:  # header after header about the next one, for one
             raise tarfile.ReadError(f"headers that cannot be read ({type(error).__name__})") from error
-        except Exception as error:
+        except Exception as error:  # of whatever class: noted, and raised on
             archive.ended_by = error
             raise
 
