@@ -24,8 +24,9 @@ class StepTimer:
         self.paused_seconds = 0.0
 
     def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
-        """Yield the loader's batches, and measure the time that each was waited for."""
+        """Yield the loader's batches, and measure the time that each was waited for; what came before them is left out."""
         iterator = iter(loader)
+        self.take(0)
         while True:
             asked = self.clock()
             try:
