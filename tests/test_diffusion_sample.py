@@ -44,6 +44,12 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("[0-9]*.png"))}
 
 
+def greatest_difference(first: str, second: str) -> int:
+    """Of the pixels of two folders with the same pictures, in levels of 255."""
+    pixels = [[np.asarray(Image.open(Path(out) / name)).astype(int) for name in files(Path(out))] for out in (first, second)]
+    return max(np.abs(one - other).max() for one, other in zip(*pixels, strict=True))
+
+
 def facts(path: Path) -> dict[str, str]:
     found = read_sample(path)
     assert found
@@ -125,7 +131,7 @@ def test_low_memory_changes_no_picture_visibly_and_runs_its_parts_one_by_one(fol
 
 
 def test_too_little_memory_halves_the_batch_and_says_so(folders, monkeypatch, capsys):
-    wanted = files(run(folders["v"], "wanted", n_samples=7, batch_size=7))
+    run(folders["v"], "wanted", n_samples=7, batch_size=7)
     sizes, errors = [], iter([RuntimeError("CUDA error: out of memory"), MemoryError()])
     walk = sample_run.walk
 
@@ -136,7 +142,8 @@ def test_too_little_memory_halves_the_batch_and_says_so(folders, monkeypatch, ca
         return walk(pipeline, condition, seeds, how)
 
     monkeypatch.setattr(sample_run, "walk", tight)
-    assert files(run(folders["v"], "tight", n_samples=7, batch_size=7)) == wanted
+    assert len(files(run(folders["v"], "tight", n_samples=7, batch_size=7))) == 7
+    assert greatest_difference("wanted", "tight") <= 1  # sums of other shapes round otherwise in their last bit
     assert sizes == [4, 2, *[1] * 7]
     assert "not enough memory for 4 pictures at once; going on with batch_size=2" in capsys.readouterr().out
 
@@ -274,7 +281,6 @@ def test_the_command_line_reaches_it_and_a_run_folder_has_its_own_samples(folder
 
 @pytest.mark.slow
 def test_a_compiled_model_makes_the_same_pictures(folders):
-    plain, compiled = (run(folders["v"], name, n_samples=5, compile=name == "compiled") for name in ("plain", "compiled"))
-    for name in files(plain):
-        pixels = [np.asarray(Image.open(out / name)).astype(int) for out in (plain, compiled)]
-        assert np.abs(pixels[0] - pixels[1]).max() <= 1  # fused sums round otherwise
+    for name in ("plain", "compiled"):
+        run(folders["v"], name, n_samples=5, compile=name == "compiled")
+    assert greatest_difference("plain", "compiled") <= 1  # fused sums round otherwise

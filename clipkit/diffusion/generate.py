@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipkit.diffusion.noise_schedule import Schedule
 from clipkit.diffusion.pipeline_folder import Pipeline
+from clipkit.diffusion.reuse import reuse
 from clipkit.diffusion.sampling import guided, sample, seeded_noise
 
 
@@ -51,8 +52,9 @@ def walk(pipeline: Pipeline, condition: Tensor, seeds: Sequence[int], how: Sampl
     schedule = pipeline.schedule
     if how.sampler == "dpmpp_2m" and pipeline.process.schedule == "flow":
         schedule = solver_levels(how.steps, pipeline.process.num_timesteps)
-    return sample(denoiser, seeded_noise(like, generators), schedule.to(condition.device), sampler=how.sampler,
-                  prediction=pipeline.process.prediction, num_steps=how.steps, generators=generators)
+    with reuse(pipeline.denoise.unet, guided=how.guidance_scale != 1):
+        return sample(denoiser, seeded_noise(like, generators), schedule.to(condition.device), sampler=how.sampler,
+                      prediction=pipeline.process.prediction, num_steps=how.steps, generators=generators)
 
 
 def solver_levels(num_steps: int, num_timesteps: int) -> Schedule:

@@ -133,8 +133,6 @@ def load_for_sampling(folder: Path, *, memory: str, compile: bool, device: torch
     """
     pipeline = load_pipeline(folder, device="cpu" if memory == "low" else device)
     parts: list[Any] = [pipeline.denoise.unet, *filter(None, [pipeline.autoencoder])]
-    for part in parts:
-        part.to(memory_format=torch.channels_last)
     if memory == "low":
         if hasattr(parts[0], "set_attention_slice"):
             parts[0].set_attention_slice("auto")

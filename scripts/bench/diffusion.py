@@ -86,7 +86,7 @@ def bench_step(pipeline: Pipeline, *, batch_size: int, rounds: int) -> dict[str,
     latents = Latents(mean, torch.zeros_like(mean))
     tokens = conditioning.tokenize([PROMPTS[row % len(PROMPTS)] for row in range(batch_size)]).to(device)
     networks: list[Any] = [copy.deepcopy(pipeline.denoise.unet).train().requires_grad_(True) for _ in range(2)]
-    unet, theirs = networks
+    unet, theirs = networks[0], networks[1].to(memory_format=torch.contiguous_format)  # as the example has it
     denoise = Denoise(unet)
     optimizer = make_optimizer(list(unet.named_parameters()), name="adamw", recipe="clipkit", lr=1e-4, weight_decay=0.01,
                                beta1=0.9, beta2=0.999, eps=1e-8)
