@@ -12,6 +12,7 @@ from clipkit.commands.pretrain import pretrain
 from clipkit.model.attention import fuse_attention
 from clipkit.model.build import build_model, lock_towers
 from clipkit.model.folder import WEIGHTS_NAME, load_model, save_model_folder
+from clipkit.training.estimate import estimate_step
 from clipkit.training.finetune import freeze_norms, levels_below_top
 from clipkit.training.lora import LowRankUpdate, add_lora, merged_weights
 from clipkit.training.trained_model import make_model
@@ -116,6 +117,13 @@ def test_a_merged_folder_opens_in_open_clip(tmp_path):
     pictures = (images.float() / 255 - model.mean) / model.std
     torch.testing.assert_close(theirs.encode_image(pictures, normalize=True), model(images, tokens).image_features,
                                rtol=0, atol=1e-6)
+
+
+def test_a_weight_made_anew_is_counted_once_however_many_rows_there_are(tiny_model, monkeypatch):
+    add_lora(tiny_model.towers, levels_below_top(tiny_model.towers), rank=4, alpha=None, seed=0)
+    from_few = estimate_step(tiny_model, batch_size=160, precision="fp32").memory_gb
+    monkeypatch.setattr("clipkit.training.estimate.PROBE_ROWS", 160)
+    assert from_few == pytest.approx(estimate_step(tiny_model, batch_size=160, precision="fp32").memory_gb, rel=0.01)
 
 
 def test_weights_without_lora_pass_as_they_are(tiny_model):

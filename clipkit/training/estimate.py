@@ -31,24 +31,26 @@ def estimate_step(model: ImageTextModel, *, batch_size: int, precision: str, mic
       optimizer_tensors: Tensors that the optimizer and an average keep for each weight.
     """
     rows = min(PROBE_ROWS, batch_size)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     kept: dict[int, int] = {}  # bytes of each storage that backward needs
 
     def remember(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    seconds = 0.0
-    for _ in range(2):  # the first time pays for what libraries set up once
+    seconds, saved = 0.0, dict[int, int]()
+    for tried in (max(1, rows // 2), rows):  # the first time pays for what libraries set up once
         begin = time.perf_counter()
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            forward_backward(model, rows=rows, precision=precision)
+            forward_backward(model, rows=tried, precision=precision)
         seconds = time.perf_counter() - begin
+        saved[tried] = sum(size for storage, size in kept.items() if storage not in storages)
     weights = sum(tensor.nbytes for tensor in model.parameters())
     learning = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    activations = sum(size for storage, size in kept.items() if storage not in storages)
-    activations *= min(micro_batch_size or batch_size, batch_size) / rows
+    fewest, held = min(saved), min(micro_batch_size or batch_size, batch_size)
+    per_row = (saved[rows] - saved[fewest]) / (rows - fewest) if rows > fewest else saved[rows] / rows
+    activations = saved[rows] + per_row * (held - rows)  # what is as large for any batch, as a weight made anew, counts once
     passes = 4 / 3 if micro_batch_size else 1  # a backward pass costs about two forward passes
     return StepCost((weights + (1 + optimizer_tensors) * learning + activations) / 1e9,
                     passes * seconds * batch_size / rows if model.device.type == "cpu" else None)
