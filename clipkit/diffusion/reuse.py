@@ -67,15 +67,14 @@ def share_halves(unet: Any) -> list[Any]:
 
 
 def _halve(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    half = {name: _first_half(value) for name, value in named.items()}
-    return tuple(_first_half(value) for value in arguments), half
-
-
-def _first_half(value: Any) -> Any:
-    return value[:len(value) // 2] if isinstance(value, Tensor) else value
+    return tuple(map(_first_half, arguments)), {name: _first_half(value) for name, value in named.items()}
 
 
 def _double(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, Tensor):
         return torch.cat([output, output])
-    return tuple(_double(layer, (), one) for one in output)
+    return tuple(_double(layer, arguments, one) for one in output)
+
+
+def _first_half(value: Any) -> Any:
+    return value[:len(value) // 2] if isinstance(value, Tensor) else value
