@@ -1,4 +1,7 @@
-"""open_clip_train's arm of step.py, in an environment of its own: its model, loss, loader and training loop, unchanged."""
+"""open_clip_train's arm of step.py, in an environment of its own: its model, loss, loader and training loop, unchanged.
+
+3.3 trains a model with a loss; 4 trains a task, which holds both.
+"""
 
 import json
 import os
@@ -11,10 +14,10 @@ import torch
 import torch.distributed as dist
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
+from open_clip_train import train
 from open_clip_train.data import get_wds_dataset
 from open_clip_train.params import parse_args
 from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +28,7 @@ TOTAL_STEPS = 10_000
 OPTIONS = ("--train-data=shards", "--dataset-type=webdataset", "--grad-clip-norm=1.0", "--lr=1e-3", "--wd=0.2", "--beta1=0.9",
            "--beta2=0.98", "--eps=1e-6", "--workers=0", "--warmup=100", "--log-every-n-steps=100000", "--local-loss",
            "--gather-with-grad", "--dataset-resampled")
+TRAINS_TASKS = hasattr(train, "TrainState")  # 4
 
 
 class Timed:
@@ -64,6 +68,10 @@ class OpenCLIPTrainer:
         self.optimizer = torch.optim.AdamW(decayed, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
         self.scheduler = cosine_lr(self.optimizer, 1e-3, 100, TOTAL_STEPS)
         self.model: Any = torch.compile(self.towers) if compile_model else self.towers
+        if TRAINS_TASKS:
+            self.task: Any = open_clip.create_task(self.args, model=self.model)  # pyright: ignore[reportAttributeAccessIssue]
+        if TRAINS_TASKS and world_size > 1:
+            raise ValueError("several processes are measured beside open_clip_train 3.3 only; give --only loader step loss")
         if world_size > 1:  # as open_clip_train.main does, with its defaults
             dist.init_process_group("gloo")
             self.model = DistributedDataParallel(self.model)
@@ -80,10 +88,17 @@ class OpenCLIPTrainer:
         size = len(self.images) // self.micro_batches
         if shards and not self.from_shards:
             self.from_shards = self.open(shards)
-        batches = self.from_shards if shards else iter(lambda: (self.images[:size], self.tokens[:size]), None)
+        batch: Any = (self.images[:size], self.tokens[:size])
+        if TRAINS_TASKS:
+            batch = {"image": batch[0], "text": batch[1]}
+        batches = self.from_shards if shards else iter(lambda: batch, None)
         loader = Timed(batches, number * self.micro_batches, size, self.clock)
         data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
-        train_one_epoch(self.model, data, self.contrast, 0, self.optimizer, None, self.scheduler, None, self.args)
+        if TRAINS_TASKS:
+            state = train.TrainState(task=self.task, optimizer=self.optimizer, scheduler=self.scheduler)  # pyright: ignore
+            train.train_one_epoch(state, data, self.args)  # pyright: ignore
+        else:
+            train.train_one_epoch(self.model, data, self.contrast, 0, self.optimizer, None, self.scheduler, None, self.args)
 
     def open(self, shards: list[str]) -> Iterator[Any]:
         self.args.train_data, self.args.train_num_samples = "::".join(shards), 1_000_000
