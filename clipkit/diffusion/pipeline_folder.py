@@ -114,7 +114,8 @@ def load_pipeline(source: str | Path, *, device: str | torch.device = "cpu") -> 
                          "training") from error
     process = parse(ProcessConfig, facts["process"])
     schedule = make_schedule(process.schedule, num_timesteps=process.num_timesteps, zero_terminal_snr=process.zero_terminal_snr)
-    for network in filter(None, (unet, autoencoder)):
+    networks: list[Any] = [unet, *filter(None, [autoencoder])]
+    for network in networks:
         network.to(memory_format=torch.channels_last)  # convolutions take 1.2 times less time on CPUs
     return Pipeline(Denoise(unet).to(device).eval().requires_grad_(False), autoencoder, conditioning.to(device), process,
                     schedule.to(torch.device(device)), facts["image_size"], facts)
