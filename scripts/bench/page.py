@@ -1,4 +1,4 @@
-"""Draw docs/benchmarks.md and its plots from the figures in docs/benchmarks/cpu.json, cpu_open_clip_4.json, mathematics.json.
+"""Draw docs/benchmarks.md and its plots from the figures in docs/benchmarks/: cpu.json, mathematics.json and those of SECTIONS.
 
   python -m scripts.bench.page
 """
@@ -21,6 +21,14 @@ class Row(NamedTuple):
     case: str  # how the figure's case begins
     floor: float
     goal: float
+
+
+class Section(NamedTuple):
+    """A second table of the page, from a file of its own."""
+
+    file: str  # in docs/benchmarks
+    title: str
+    words: str  # before the table; {version} and {device} are those of the figures
 
 
 ROWS = (
@@ -61,7 +69,7 @@ Machine: {device}. The raw figures with every round: [cpu.json](benchmarks/cpu.j
 
 ![ratios](images/benchmarks.png)
 
-{newer}## What makes the difference
+{sections}## What makes the difference
 
 - **Loader.** JPEGs are decoded by libjpeg-turbo (simplejpeg) and resized in uint8; batches stay uint8, channels last, and are
   normalised on the device; words are encoded once. The pictures are made by seed, with as many bytes as web photographs (27, 79
@@ -101,16 +109,25 @@ exchange of gradients, and products of fewer rows. Time by the clock is left out
 
 `make bench-gpu` runs the steps of ViT-B/32, B/16 and L/14, timed when the GPU has finished. {gpu}
 """
-NEWER = """## Beside open_clip_train 4
-
+SECTIONS = (
+    Section("cpu_open_clip_4.json", "Beside open_clip_train 4", """\
 The same beside {version}; where the two tables differ, the lower ratio counts. The environment is yours to make: any Python
-with open_clip_train 4 and webdataset 0.2.86.
+with open_clip_train 4 and webdataset 0.2.86. Its texts of variable length need another text tower than ViT-B/32's, and a
+tokenizer with a token of its own for padding, so that they are no setting of the same model.
 
     python -m scripts.bench --peer-python <python> --only loader step loss --out docs/benchmarks/cpu_open_clip_4.json
+"""),
+    Section("cpu_amx.json", "On a processor with matrix units", """\
+The first table's cases, fp32, on another machine: {device} (AVX-512, AMX).
 
-{table}
+    make bench ARGS="--out docs/benchmarks/cpu_amx.json"
+"""),
+    Section("cpu_amx_bf16.json", "In bfloat16", """\
+Both under bfloat16 autocast, on the same machine, whose matrix units multiply it.
 
-"""
+    python -m scripts.bench.step --peer-python <python> --precision amp_bf16 --out docs/benchmarks/cpu_amx_bf16.json
+"""),
+)
 
 
 def write_page(folder: Path, page: Path) -> str:
@@ -118,9 +135,10 @@ def write_page(folder: Path, page: Path) -> str:
     figures = read(folder / "cpu.json")
     table = table_of(figures)
     first = next(iter(figures.values()))
-    images, newer = page.parent / "images", folder / "cpu_open_clip_4.json"
+    images = page.parent / "images"
     page.write_text(WORDS.format(version=versions_of(figures), device=first["device"], table=table,
-                                 newer=newer_section(read(newer)) if newer.exists() else "", growth=growth_table(figures),
+                                 sections="".join(section_text(section, folder) for section in SECTIONS),
+                                 growth=growth_table(figures),
                                  mathematics=mathematics_section(folder / "mathematics.json",
                                                                  images / "benchmarks_mathematics.png"),
                                  gpu=f"Not measured yet: {'; '.join(GPU_ROWS)}."))
@@ -129,8 +147,13 @@ def write_page(folder: Path, page: Path) -> str:
     return table
 
 
-def newer_section(figures: Figures) -> str:
-    return NEWER.format(version=versions_of(figures), table=table_of(figures))
+def section_text(section: Section, folder: Path) -> str:
+    """The section with its table, or nothing where it has not been measured."""
+    if not (folder / section.file).exists():
+        return ""
+    figures = read(folder / section.file)
+    words = section.words.format(version=versions_of(figures), device=next(iter(figures.values()))["device"])
+    return f"## {section.title}\n\n{words}\n{table_of(figures, all_rows=False)}\n\n"
 
 
 def versions_of(figures: Figures) -> str:
@@ -147,7 +170,7 @@ def figures_of(figures: Figures, row: Row) -> list[dict[str, Any]]:
     return [figure for (bench, case), figure in figures.items() if bench == row.bench and case.startswith(row.case)]
 
 
-def table_of(figures: Figures) -> str:
+def table_of(figures: Figures, *, all_rows: bool = True) -> str:
     lines = ["| | clipkit | open_clip | unit | ratio (lowest to highest) | floor | goal |", "|---|---|---|---|---|---|---|"]
     for row in ROWS:
         for figure in figures_of(figures, row):
@@ -155,7 +178,7 @@ def table_of(figures: Figures) -> str:
             lines.append(f"| {row.what}{size} | {figure['ours']:.3g} | {figure['peer']:.3g} | {figure['unit']} | "
                          f"**{figure['ratio_median']:.2f}** ({figure['ratio_min']:.2f} to {figure['ratio_max']:.2f}) | "
                          f"{row.floor:g} | {row.goal:g} |")
-        if not figures_of(figures, row):
+        if all_rows and not figures_of(figures, row):
             lines.append(f"| {row.what} | | | | not measured | {row.floor:g} | {row.goal:g} |")
     return "\n".join(lines)
 
