@@ -200,9 +200,10 @@ def test_the_noise_of_a_row_does_not_depend_on_the_number_of_processes():
     assert abs(latent_noise((64, 4, 16, 16), seed=1, step=0).std().item() - 1) < 0.01
 
 
-# Plain gradient descent: Adam would blow the rounding of gradients near 0 up to steps of full size. The rate is so small that both
-# sides' pictures differ by no more than rounding: larger differences turn a unit of the discriminator here and there, and with it
-# the adaptive weight. A row that is not the same on both sides moves weights by a tenth of the rate, 50 times what is allowed.
+# Plain gradient descent: Adam would blow the rounding of gradients near 0 up to steps of full size. The rate is so small
+# that both sides' pictures differ by no more than rounding: larger differences turn a unit of the discriminator here and
+# there, and with it the adaptive weight. A row that is not the same on both sides moves weights by a tenth of the rate,
+# 50 times what is allowed.
 ALIKE = {"optim__name": "sgd", "optim__lr": 5e-4, "evaluation__final_tasks": "[]"}
 
 
