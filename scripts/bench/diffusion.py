@@ -5,8 +5,9 @@
 `step`: one training step from cached latents and token ids. The peer is the loop of diffusers' train_text_to_image.py,
 written from its calls (DDPMScheduler, F.mse_loss, AdamW with foreach, clip_grad_norm_, EMAModel), the text encoder called in
 each step, as there. `sampling`: prompts to pictures, DDIM; the peer is StableDiffusionPipeline; `sampling_compiled`: ours with
-compile=true, after the compiler is done. `memory`: peak of a process that makes 8 and 64 samples, 4 at once. `latent_or_pixel`: a step, a sample and their peak memory in latents and in pixels, 64
-and 128 px. Arms are interleaved; ratios are the peer's time over ours in the same round, by the clock and in processor time.
+compile=true, after the compiler is done. `memory`: peak of a process that makes 8 and 64 samples, 4 at once.
+`latent_or_pixel`: a step, a sample and their peak memory in latents and in pixels, 64 and 128 px. Arms are interleaved; ratios
+are the peer's time over ours in the same round, by the clock and in processor time.
 
 Measured on two shared AVX2 cores, one thread: a step 1.00 to 1.03 times as fast as the peer, sampling 0.98 to 1.08 (80 % of
 either is oneDNN's convolutions and matrix products, which both call); 1.03 and 1.04 GB for 8 and 64 samples; a step in
