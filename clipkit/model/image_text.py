@@ -53,10 +53,14 @@ class ImageTextModel(nn.Module):
         self.trims_text = can_trim(towers)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a model that learns on is no longer what its file holds."""
+        """Set the mode; a model that learns on is no longer what its file holds. A locked text encoder drops nothing out."""
+        super().train(mode)
         if mode:
             self.source_sha256 = None
-        return super().train(mode)
+            encoder = getattr(getattr(self.towers, "text", None), "transformer", None)  # of Hugging Face, with dropout
+            if encoder is not None and not any(weight.requires_grad for weight in encoder.parameters()):
+                encoder.eval()
+        return self
 
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
         """Embed pairs: images (B, 3, H, W), uint8 or preprocessed; tokens (B, L)."""
