@@ -112,6 +112,20 @@ def test_the_packaged_sentence_encoder_is_sentence_transformers_one():
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+def test_a_model_starts_from_a_sentence_encoder(sentence_folder):
+    text_cfg = {"hf_model_name": f"sentence:{sentence_folder}", "context_length": 16}
+    model = build_model(config={**TINY, "text_cfg": text_cfg}).eval()
+    alone = text_encoder(f"sentence:{sentence_folder}", context_length=16)
+    tokens = model.tokenize(TEXTS)
+    assert torch.equal(tokens, alone.tokenize(TEXTS))
+    mean = alone.towers.encode_text(tokens)  # (4, 24), without a projection
+    assert torch.equal(model.towers.encode_text(tokens), model.towers.text.proj(mean))
+    with pytest.raises(FileNotFoundError, match="neither a folder nor an installed package"):
+        build_model(config={**TINY, "text_cfg": {**text_cfg, "hf_model_name": "sentence:none-such"}})
+    with pytest.raises(ValueError, match=r"context_length is 64, .* at most 32"):
+        build_model(config={**TINY, "text_cfg": {**text_cfg, "context_length": 64}})
+
+
 def test_a_locked_sentence_encoder_drops_nothing_out(sentence_folder):
     model = text_encoder(f"sentence:{sentence_folder}", context_length=16)
     tokens = model.tokenize(TEXTS)

@@ -1,5 +1,6 @@
 """Build the towers from an open_clip name or an inline configuration; lock them; load pretrained weights."""
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from clipkit.data.tokenize import make_tokenizer
 from clipkit.model.cbow import CBOWTextTower
 from clipkit.model.image_text import ImageTextModel
+from clipkit.model.sentence_encoder import SENTENCE_PREFIX, described_text_cfg, silent_loading
 from clipkit.model.weights_file import read_json_object, read_weights
 
 CONFIG_NAME = "open_clip_config.json"
@@ -30,7 +32,8 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
 
     Args:
       name: open_clip name of the architecture, or None if `config` is given.
-      config: open_clip-style model_cfg; `text_cfg.kind: cbow` puts a bag of words in the Transformer's place.
+      config: open_clip-style model_cfg; `text_cfg.kind: cbow` puts a bag of words in the Transformer's place, and
+        `text_cfg.hf_model_name: sentence:<installed package or folder>` a sentence encoder with its weights.
       pretrained: open_clip tag or weights file for the whole model (needs `name`). Where the tag, or the configuration beside
         the file, says that the weights were trained with QuickGELU, the model gets it, whatever the name says.
       image_weights: Weights file of the timm image tower alone, or "package:<name>" of an installed package that ships one.
@@ -53,9 +56,13 @@ def build_model(name: str | None = None, *, config: Mapping[str, Any] | None = N
         model_cfg["vision_cfg"]["image_size"] = image_size
     if patch_dropout is not None:
         model_cfg["vision_cfg"]["patch_dropout"] = patch_dropout
+    sentence = str(model_cfg.get("text_cfg", {}).get("hf_model_name", "")).startswith(SENTENCE_PREFIX)
+    if sentence:
+        model_cfg["text_cfg"] = described_text_cfg(model_cfg["text_cfg"])
     if pretrained is None:
         model_cfg |= TEMPERATURE[loss]
-        towers, preprocess_cfg, source_sha256 = make_towers(model_cfg), {}, None
+        with silent_loading() if sentence else contextlib.nullcontext():
+            towers, preprocess_cfg, source_sha256 = make_towers(model_cfg), {}, None
     else:
         assert name is not None
         towers, preprocess_cfg, source_sha256 = _load_pretrained(model_cfg, name, pretrained)

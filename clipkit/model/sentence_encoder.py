@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ def sentence_text_cfg(source: str, context_length: int) -> tuple[int, dict[str, 
         raise ValueError(f"context_length is {context_length}, and {folder} takes at most {longest} tokens; give fewer")
     return config[names["width"]], {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "hf_proj_type": None,
                                     "hf_pooler_type": _pooler(folder), "context_length": context_length}
+
+
+def described_text_cfg(text_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a text_cfg whose hf_model_name is "sentence:<source>"; what it says itself goes before.
+
+    Raises:
+      FileNotFoundError, ValueError: as `sentence_text_cfg` raises them.
+    """
+    given = {name: value for name, value in text_cfg.items() if name != "hf_model_name"}
+    source = text_cfg["hf_model_name"].removeprefix(SENTENCE_PREFIX)
+    _, found = sentence_text_cfg(source, given.get("context_length", 77))
+    return {**found, "hf_proj_type": "linear", **given}
 
 
 def find_sentence_encoder(source: str) -> Path:
