@@ -1,4 +1,4 @@
-"""open_clip_train's own loader as an arm of scripts/bench/loader.py; runs where open_clip_torch 3.3 and webdataset 0.2.86 are.
+"""open_clip_train's own loader as an arm of scripts/bench/loader.py; runs where open_clip_torch (3.3, 4) and webdataset 0.2.86 are.
 
 Nothing of it is changed: get_wds_dataset gets the arguments that its command line would give.
 """
@@ -23,7 +23,8 @@ def open_loader(shards: list[str], batch_size: int, workers: int) -> Iterator[An
     args = parse_args(["--train-data", "::".join(shards), "--dataset-type", "webdataset", "--train-num-samples", "100000000",
                        "--batch-size", str(batch_size), "--workers", str(workers)])
     args.world_size = 1  # as its main() sets it
-    return iter(get_wds_dataset(args, preprocess(), True, tokenizer=open_clip.get_tokenizer(MODEL)).dataloader)
+    batches = get_wds_dataset(args, preprocess(), True, tokenizer=open_clip.get_tokenizer(MODEL)).dataloader
+    return (tuple(batch[name] for name in ("image", "text")) if isinstance(batch, dict) else batch for batch in batches)
 
 
 def preprocess() -> Any:
