@@ -1,4 +1,4 @@
-"""open_clip_train's own loader as an arm of scripts/bench/loader.py; runs beside open_clip_torch 3.3 or 4 and webdataset 0.2.86.
+"""open_clip_train's own loader as an arm of scripts/bench/loader.py; runs beside open_clip_torch 3.3 or 4, webdataset 0.2.86.
 
 Nothing of it is changed: get_wds_dataset gets the arguments that its command line would give.
 """
