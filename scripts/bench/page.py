@@ -110,17 +110,17 @@ exchange of gradients, and products of fewer rows. Time by the clock is left out
 `make bench-gpu` runs the steps of ViT-B/32, B/16 and L/14, timed when the GPU has finished. {gpu}
 """
 SECTIONS = (
-    Section("cpu_open_clip_4.json", "Beside open_clip_train 4", """\
-The same beside {version}; where the two tables differ, the lower ratio counts. The environment is yours to make: any Python
-with open_clip_train 4 and webdataset 0.2.86. Its texts of variable length need another text tower than ViT-B/32's, and a
-tokenizer with a token of its own for padding, so that they are no setting of the same model.
-
-    python -m scripts.bench --peer-python <python> --only loader step loss --out docs/benchmarks/cpu_open_clip_4.json
-"""),
     Section("cpu_amx.json", "On a processor with matrix units", """\
 The first table's cases, fp32, on another machine: {device} (AVX-512, AMX).
 
     make bench ARGS="--out docs/benchmarks/cpu_amx.json"
+"""),
+    Section("cpu_open_clip_4.json", "Beside open_clip_train 4", """\
+The same beside {version}, on {device}; of two tables of one machine the lower ratio counts. The environment is yours to make:
+any Python with open_clip_train 4 and webdataset 0.2.86. Its texts of variable length need another text tower than ViT-B/32's,
+and a tokenizer with a token of its own for padding, so that they are no setting of the same model.
+
+    python -m scripts.bench --peer-python <python> --only loader step loss --out docs/benchmarks/cpu_open_clip_4.json
 """),
     Section("cpu_amx_bf16.json", "In bfloat16", """\
 Both under bfloat16 autocast, on the same machine, whose matrix units multiply it.
