@@ -114,7 +114,8 @@ def test_the_packaged_sentence_encoder_is_sentence_transformers_one():
 
 def test_a_model_starts_from_a_sentence_encoder(sentence_folder):
     text_cfg = {"hf_model_name": f"sentence:{sentence_folder}", "context_length": 16}
-    model = build_model(config={**TINY, "text_cfg": text_cfg}).eval()
+    model = build_model(config={**TINY, "text_cfg": {"width": 8, "layers": 1, **text_cfg}}).eval()
+    assert "width" not in model.config["model_cfg"]["text_cfg"]
     alone = text_encoder(f"sentence:{sentence_folder}", context_length=16)
     tokens = model.tokenize(TEXTS)
     assert torch.equal(tokens, alone.tokenize(TEXTS))

@@ -11,6 +11,7 @@ SENTENCE_PREFIX = "sentence:"
 # What 1_Pooling/config.json says (the long names before sentence-transformers 5.2) -> open_clip's pooler.
 POOLERS = {"mean": "mean_pooler", "pooling_mode_mean_tokens": "mean_pooler", "cls": "cls_last_hidden_state_pooler",
            "pooling_mode_cls_token": "cls_last_hidden_state_pooler"}
+TRANSFORMER_SHAPE = ("vocab_size", "width", "heads", "layers")
 MODULES = ("Transformer", "Pooling", "Normalize")  # of a sentence encoder; others (Dense) have no place in open_clip's tower
 
 
@@ -47,10 +48,12 @@ def sentence_text_cfg(source: str, context_length: int) -> tuple[int, dict[str, 
 def described_text_cfg(text_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a text_cfg whose hf_model_name is "sentence:<source>"; what it says itself goes before.
 
+    The shape of a Transformer, as it stays from settings that are merged, is left out: the encoder has its own.
+
     Raises:
       FileNotFoundError, ValueError: as `sentence_text_cfg` raises them.
     """
-    given = {name: value for name, value in text_cfg.items() if name != "hf_model_name"}
+    given = {name: value for name, value in text_cfg.items() if name not in ("hf_model_name", *TRANSFORMER_SHAPE)}
     source = text_cfg["hf_model_name"].removeprefix(SENTENCE_PREFIX)
     _, found = sentence_text_cfg(source, given.get("context_length", 77))
     return {**found, "hf_proj_type": "linear", **given}
