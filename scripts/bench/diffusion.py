@@ -9,9 +9,9 @@ compile=true, after the compiler is done. `memory`: peak of a process that makes
 `latent_or_pixel`: a step, a sample and their peak memory in latents and in pixels, 64 and 128 px. Arms are interleaved; ratios
 are the peer's time over ours in the same round, by the clock and in processor time.
 
-Measured on two shared AVX2 cores, one thread: a step 1.00 to 1.03 times as fast as the peer, sampling 0.98 to 1.08 (80 % of
-either is oneDNN's convolutions and matrix products, which both call); 1.03 and 1.04 GB for 8 and 64 samples; a step in
-latents 8 times (64 px) and 20 times (128 px) faster than in pixels, in 1.1 and 1.2 GB in the place of 1.8 and 4.4.
+Measured on two shared cores of an Intel Xeon, one thread: a step 1.08 times as fast as the peer, sampling 1.08, compiled 1.42
+(80 % of all is oneDNN's convolutions and matrix products, which both call); 1.02 GB for 8 and for 64 samples; a step in latents
+7 times (64 px) and 30 times (128 px) faster than in pixels, in 1.1 and 1.2 GB in the place of 1.9 and 4.4.
 """
 
 import argparse
