@@ -116,9 +116,10 @@ The first table's cases, fp32, on another machine: {device} (AVX-512, AMX).
     make bench ARGS="--out docs/benchmarks/cpu_amx.json"
 """),
     Section("cpu_open_clip_4.json", "Beside open_clip_train 4", """\
-The same beside {version}, on {device}; of two tables of one machine the lower ratio counts. The environment is yours to make:
-any Python with open_clip_train 4 and webdataset 0.2.86. Its texts of variable length need another text tower than ViT-B/32's,
-and a tokenizer with a token of its own for padding, so that they are no setting of the same model.
+The same beside {version}, on {device}; of two tables of one machine the lower
+ratio counts. The environment is yours to make: any Python with open_clip_train 4 and webdataset 0.2.86. Its texts of variable
+length need another text tower than ViT-B/32's, and a tokenizer with a token of its own for padding, so that they are no setting
+of the same model.
 
     python -m scripts.bench --peer-python <python> --only loader step loss --out docs/benchmarks/cpu_open_clip_4.json
 """),
