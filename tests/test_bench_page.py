@@ -39,7 +39,7 @@ def test_figures_become_a_page(tmp_path):
     save_figures(path.with_name("cpu_open_clip_4.json"), [replace(figures[0], peer_version="open_clip_train 4.2.0")])
     assert write_page(path.parent, tmp_path / "docs" / "benchmarks.md") == table
     newer = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert newer.count("**4.00** (3.00 to 6.00)") == 2 and "The same beside 4.2.0; " in newer
+    assert newer.count("**4.00** (3.00 to 6.00)") == 2 and "The same beside 4.2.0, on " in newer
     assert (tmp_path / "docs" / "images" / "benchmarks.png").stat().st_size > 1000
     assert (tmp_path / "docs" / "images" / "benchmarks_growth.png").stat().st_size > 1000
 
