@@ -176,12 +176,16 @@ def table_of(figures: Figures, *, all_rows: bool = True) -> str:
     for row in ROWS:
         for figure in figures_of(figures, row):
             size = f", {figure['case'].rpartition(', ')[2]}" if "B = " in figure["case"] and "B = " not in row.what else ""
-            lines.append(f"| {row.what}{size} | {figure['ours']:.3g} | {figure['peer']:.3g} | {figure['unit']} | "
+            lines.append(f"| {row.what}{size} | {number(figure['ours'])} | {number(figure['peer'])} | {figure['unit']} | "
                          f"**{figure['ratio_median']:.2f}** ({figure['ratio_min']:.2f} to {figure['ratio_max']:.2f}) | "
                          f"{row.floor:g} | {row.goal:g} |")
         if all_rows and not figures_of(figures, row):
             lines.append(f"| {row.what} | | | | not measured | {row.floor:g} | {row.goal:g} |")
     return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def along(figures: Figures, axis: str) -> list[dict[str, Any]]:
