@@ -88,9 +88,9 @@ def compare(case: Case, arms: dict[str, Arm], folder: Path, shards: list[str], *
     start = write_start(case, folder) | {"device": device, "precision": precision, "micro_batches": case.micro_batches}
     versions = {"ours": arms["ours"].ask(task="start", shards=shards, **start),
                 "peer": arms["peer"].ask(task="start", compile_model=peer_compiles, **start)}
-    equal = assert_equal(arms, folder, "text" if case.bench == "text tower" else "loss",
-                         TOLERANCE if precision == "fp32" else None)
-    request: dict[str, Any] = {"task": "text"} if case.bench == "text tower" else {"task": "steps", "number": case.steps}
+    is_text = case.bench == "text tower"
+    equal = assert_equal(arms, folder, "text" if is_text else "loss", TOLERANCE)  # in fp32, whatever is timed
+    request: dict[str, Any] = {"task": "text", "precision": precision} if is_text else {"task": "steps", "number": case.steps}
     if case.bench == "end to end":
         request["shards"] = shards
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
@@ -130,7 +130,7 @@ def write_start(case: Case, folder: Path) -> dict[str, str]:
             "batch": str(folder / "batch.safetensors")}
 
 
-def assert_equal(arms: dict[str, Arm], folder: Path, task: str, tolerance: float | None) -> float:
+def assert_equal(arms: dict[str, Arm], folder: Path, task: str, tolerance: float) -> float:
     """Compare value and gradients of both arms; return the largest difference, of a tensor's norm.
 
     Raises:
@@ -145,7 +145,7 @@ def assert_equal(arms: dict[str, Arm], folder: Path, task: str, tolerance: float
     found = {name: ((ours[name] - grad).norm() / grad.norm().clamp_min(1e-12)).item() for name, grad in peer.items()}
     found["value"] = abs(values["ours"] - values["peer"]) / abs(values["peer"])
     worst = max(found, key=lambda name: found[name])
-    if tolerance is not None and found[worst] > tolerance:
+    if found[worst] > tolerance:
         raise ValueError(f"{worst} differs by {found[worst]:.1e} of its norm, allowed is {tolerance}: times are not comparable")
     return found[worst]
 

@@ -87,16 +87,18 @@ def serve(make: Callable[..., Trainer]) -> None:
     answer(respond)
 
 
-def backward(trainer: Trainer, task: str, to: str | None = None) -> dict[str, Any]:
+def backward(trainer: Trainer, task: str, to: str | None = None, precision: str = "fp32") -> dict[str, Any]:
     """Forward and backward of the whole model ("loss") or its text tower ("text"); gradients are written to a file if asked."""
     trainer.towers.train()
     trainer.clock.begin()
-    if task == "loss":
-        value = trainer.loss()
-    else:
-        features = trainer.text_features()  # (B, D)
-        directions = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
-        value = (features * directions).sum()
+    device = "cuda" if trainer.clock.on_gpu else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "amp_bf16"):
+        if task == "loss":
+            value = trainer.loss()
+        else:
+            features = trainer.text_features()  # (B, D)
+            directions = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features.device)
+            value = (features * directions).sum()
     value.backward()
     trainer.clock.end()
     learned = {name: parameter.grad for name, parameter in trainer.towers.named_parameters() if parameter.grad is not None}
